@@ -1,0 +1,60 @@
+# The exact torch release is asked for first: where an index offers a CPU build of it, that one is a fraction of the
+# size of the newest release with its CUDA packages. Set TORCH to take another release that pyproject.toml admits.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/smol
+MODEL ?= smollm2-135m
+PASSES ?= shiftadd,fold
+PROMPT ?= The capital of France is
+PYTEST_ARGS ?=
+
+.PHONY: help venv test test-fast test-real lint format demo clean
+
+help:
+	@echo "make venv       create $(VENV) with nomul and its tools (network the first time only)"
+	@echo "make test       lint, types and every test"
+	@echo "make test-fast  the tests that need no real model and little time"
+	@echo "make test-real  the tests on real models"
+	@echo "make lint       ruff and mypy"
+	@echo "make demo       compile, evaluate and run $(MODEL) with --passes $(PASSES)"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" \
+	    || echo "$(TORCH) is not offered here; taking a release that pyproject.toml admits" >&2
+	$(BIN)/python -m pip install --quiet "setuptools>=77.0.3"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# tests/conftest.py puts the real-model tests last, so one run gives the quick answers first and one closing line.
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: venv
+	$(BIN)/python -m pytest -m "not real and not slow" $(PYTEST_ARGS)
+
+test-real: venv
+	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+
+# compile refuses to write over an artifact, so that a rerun of the demo has to clear its own.
+demo: venv
+	rm -rf $(OUT)
+	$(BIN)/python -m tools.compile $(MODEL) --passes "$(PASSES)" --out $(OUT)
+	$(BIN)/python -m tools.evaluate $(OUT) --against $(MODEL)
+	$(BIN)/python -m tools.generate $(OUT) "$(PROMPT)" -n 32
+
+clean:
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

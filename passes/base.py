@@ -1,0 +1,204 @@
+"""The contract of a pass: what it works on, what it needs and gives, and what it is handed when it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ir.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ir.program import Program
+
+LEVELS = ("raw", "model", "compressed", "target")
+
+
+class Stage(IntEnum):
+    """When in a pipeline a pass can work; a pipeline written in another order is sorted by it."""
+
+    CANON = 0
+    TRANSFORM = 1
+    FOLD = 2
+    SPARSIFY = 3
+    QUANTIZE = 4
+    TUNE = 5
+    LOWER = 6
+
+
+@dataclass(frozen=True)
+class Calib:
+    """Which activations a pass wants to see, block by block, and whether it differentiates through the block.
+
+    stream: `float` is the model as it came, `compressed` the model with all earlier blocks already compressed.
+    """
+
+    stream: Literal["float", "compressed", "both"]
+    gradients: bool = False
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What a pass will do at one site, for `--dry-run`; figures are such as `bits` or `bytes`."""
+
+    site: str
+    action: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What a pass did at one site; figures are such as `bits`, `sqnr_db` or `rel_error`."""
+
+    site: str
+    by: str
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """A site that a pass left alone, and why."""
+
+    site: str
+    reason: str
+    by: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a pass has come with `total` equal steps of work."""
+
+    label: str
+    done: int
+    total: int
+    by: str
+
+
+Event = SiteReport | Diagnostic | Progress
+
+
+def _ignore(event: Event) -> None:
+    del event
+
+
+@dataclass(frozen=True)
+class Log:
+    """Keeps what passes report and hands each event to a listener as it happens.
+
+    by: the pass that reports; `of` gives another pass a log that adds to the same lists.
+    """
+
+    by: str = ""
+    listener: Callable[[Event], None] = _ignore
+    reports: list[SiteReport] = field(default_factory=list)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+
+    def of(self, by: str) -> Log:
+        """Return a log that speaks for pass `by` and shares this one's lists and listener."""
+        return replace(self, by=by)
+
+    def report(self, *, site: str, **figures: float) -> None:
+        """Record the figures of one site."""
+        row = SiteReport(site, self.by, figures)
+        self.reports.append(row)
+        self.listener(row)
+
+    def skip(self, site: str, reason: str) -> None:
+        """Record that a site is left alone, with the reason; under `--strict` the manager makes this an error."""
+        row = Diagnostic(site, reason, self.by)
+        self.diagnostics.append(row)
+        self.listener(row)
+
+    def progress(self, total: int, label: str) -> Callable[[], None]:
+        """Announce `total` equal steps and return the function to call after each of them."""
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self.listener(Progress(label, done, total, self.by))
+
+        self.listener(Progress(label, done, total, self.by))
+        return step
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass is handed beside the program.
+
+    calibration: token ids, one i64[batch,seq] tensor a batch, or None where the pipeline needs no data.
+    work: directory that outlives an interrupted run, for resuming, or None.
+    strict: whether a site that a pass skips is an error.
+    """
+
+    seed: int = 0
+    log: Log = field(default_factory=Log)
+    calibration: Sequence[torch.Tensor] | None = None
+    work: Path | None = None
+    strict: bool = False
+
+
+class OptionError(UsageError):
+    """An option of a pass has a value the pass cannot work with (exit code 2)."""
+
+    def __init__(self, pass_name: str, option: str, why: str, *, fix: str = "", where: str = "") -> None:
+        self.pass_name, self.option = pass_name, option
+        super().__init__(f"option {option} of pass {pass_name} cannot be used", where=where, why=why, fix=fix)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A step from program to program; subclasses are frozen dataclasses whose fields are the command-line options.
+
+    A field's `metadata["help"]` is its line in `python -m tools.passes NAME`. Class attributes are the contract:
+
+    name: as written in a pipeline; summary: the first line of the docstring unless given.
+    level: it takes programs from the first level up to the second, and leaves one of the second.
+    stage: when in a pipeline it can work; order_reason: why, for the note on a pipeline that was put in order.
+    requires, gives, removes: facts needed before, true after, and no longer true after; all others are kept.
+    data: the calibration it wants; exact: whether it promises the same function up to rounding.
+    nests: whether it takes a pipeline of its own in parentheses.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    level: ClassVar[tuple[str, str]]
+    stage: ClassVar[Stage]
+    order_reason: ClassVar[str] = ""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+    removes: ClassVar[frozenset[str]] = frozenset()
+    data: ClassVar[Calib | None] = None
+    exact: ClassVar[bool]
+    nests: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "summary" not in cls.__dict__:
+            cls.summary = (cls.__doc__ or "").strip().partition("\n")[0]
+
+    def needs(self) -> Calib | None:
+        """Return the calibration these options want; the class attribute `data` unless a pass says otherwise."""
+        return self.data
+
+    def validate(self) -> None:
+        """Raise OptionError for option values out of range; called when a pipeline is parsed or checked."""
+        return
+
+    def plan(self, program: Program) -> list[PlanRow]:
+        """Return what the pass will do per site of this program, without doing it."""
+        del program
+        return []
+
+    def facts_after(self, facts: frozenset[str]) -> frozenset[str]:
+        """Return the facts that hold after the pass, given those that held before it."""
+        return (facts - self.removes) | self.gives
+
+    @abstractmethod
+    def run(self, program: Program, ctx: Context) -> None:
+        """Change the program in place; what it skips goes to `ctx.log.skip`, what it did to `ctx.log.report`."""

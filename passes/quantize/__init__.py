@@ -1,0 +1,1 @@
+"""Uniform quantisation and the calibration Hessian that every layer-wise solver shares."""

@@ -1,0 +1,286 @@
+"""The layer-wise shift-add solver: GPTQ's column loop over all rows at once, with binary coding fitted inside the loop.
+
+Rows are independent, so sites that share their input are solved faster concatenated, and all arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ir.errors import UsageError
+from ir.ops.shiftcode import ShiftCodes, dequantize, encode, expand_groups, group_count
+from passes.quantize.hessian import PreparedHessian, prepare
+from passes.shiftcode.bcq import (
+    Codebook,
+    Rounding,
+    code_levels,
+    code_planes,
+    codebook,
+    fit_bcq,
+    pattern,
+    row_window,
+    solve_rounded,
+)
+
+
+@dataclass(frozen=True)
+class ShiftSpec:
+    """Options of the solver.
+
+    bits: sign planes; group: inputs per scale set; terms: powers of two per scale; offset: store one offset a group;
+    rounds, starts: of the binary-coding fit; damp: Hessian damping; polish: refits of a group's scales and codes inside
+    the column loop; sweeps: passes over all groups after it; ordered: take groups and columns by falling Hessian
+    diagonal; block: columns between lazy updates.
+    """
+
+    bits: int = 3
+    group: int = 64
+    terms: int = 2
+    offset: bool = True
+    rounds: int = 10
+    starts: int = 4
+    damp: float = 0.01
+    polish: int = 2
+    sweeps: int = 1
+    ordered: bool = True
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.bits <= 8 and self.group >= 1 and 1 <= self.terms <= 3 and self.block >= 1):
+            raise UsageError(
+                "the solver needs 1 to 8 bits, a positive group and block and 1 to 3 terms",
+                why=f"bits={self.bits} group={self.group} block={self.block} terms={self.terms}",
+            )
+
+
+@dataclass
+class _State:
+    """What the solver believes in: alpha [N, G, q], z [N, G], codes [N, K] in the processing order of the columns."""
+
+    alpha: Tensor
+    z: Tensor
+    codes: Tensor
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One group in processing order: its index in storage and its columns [start, end)."""
+
+    group: int
+    start: int
+    end: int
+
+
+def solve(weight: Tensor, hessian: Tensor | None, spec: ShiftSpec, *, tokens: int = 0, site: str = "") -> ShiftCodes:
+    """Return the codes of a weight [N, K] that make tr(E H E^T) small, E = weight - decoded weight.
+
+    hessian: [K, K] Gram matrix of the inputs, any positive scale, or None for the identity (data-free: every group is
+    fitted alone). tokens, site: for messages. GPTQ (Frantar et al. 2023, Alg. 1) with each group's scales fitted when
+    the loop reaches it, on error-compensated weights (ShiftAddLLM section 4.2) weighted by 1/U_jj^2 (handbook section
+    6.3). Raises UsageError for a weight that is not a finite matrix or a Hessian of another size.
+    """
+    _check(weight, hessian, site)
+    w = weight.double()
+    rounding = Rounding(spec.terms, row_window(w, spec.terms))
+    if hessian is None:
+        return _solve_free(w, spec, rounding)
+    prepared = prepare(hessian, spec.damp, tokens=tokens, site=site)
+    w = w.masked_fill(prepared.dead, 0.0)
+    columns, spans = _processing_order(prepared.matrix.diagonal(), spec)
+    work = PreparedHessian(prepared.dead, prepared.matrix[columns][:, columns], prepared.upper, prepared.damp)
+    if spec.ordered:
+        work = prepare(work.matrix, 0.0, tokens=tokens, site=site)
+    state = _column_loop(w[:, columns], work.upper, spans, spec, rounding)
+    for _ in range(spec.sweeps):
+        _sweep(w[:, columns], work.matrix, state, spans, spec, rounding)
+    back = torch.argsort(columns)
+    offset = state.z if spec.offset else None
+    return encode(code_planes(state.codes[:, back], spec.bits), state.alpha, offset, spec.group, spec.terms)
+
+
+def relative_loss(weight: Tensor, coded: Tensor, hessian: Tensor | None) -> float:
+    """Return tr(E H E^T) / tr(W H W^T) with E = weight - coded, H the identity when None; 0 for a zero weight."""
+    w, error = weight.double(), weight.double() - coded.double()
+    if hessian is None:
+        top, bottom = error.square().sum(), w.square().sum()
+    else:
+        h = hessian.double()
+        top, bottom = ((error @ h) * error).sum(), ((w @ h) * w).sum()
+    return float(top / bottom) if float(bottom) > 0 else 0.0
+
+
+def loss(weight: Tensor, codes: ShiftCodes, hessian: Tensor | None) -> float:
+    """Return the relative loss of stored codes, see `relative_loss`."""
+    return relative_loss(weight, dequantize(codes, torch.float64), hessian)
+
+
+def _check(weight: Tensor, hessian: Tensor | None, site: str) -> None:
+    if weight.ndim != 2 or not torch.isfinite(weight).all():
+        raise UsageError("the weight must be a finite matrix", where=site, why=f"its shape is {list(weight.shape)}")
+    if hessian is not None and hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise UsageError(
+            f"the Hessian must be [{weight.shape[1]}, {weight.shape[1]}]",
+            where=site,
+            why=f"it is {list(hessian.shape)}",
+        )
+
+
+def _solve_free(w: Tensor, spec: ShiftSpec, rounding: Rounding) -> ShiftCodes:
+    """Fit every group alone with equal weights; a ragged tail is padded with columns of weight zero."""
+    rows, inputs = w.shape
+    groups = group_count(inputs, spec.group)
+    width = min(spec.group, inputs)
+    pad = groups * width - inputs
+    flat = torch.nn.functional.pad(w, (0, pad)).reshape(rows * groups, width)
+    mask = torch.nn.functional.pad(torch.ones_like(w), (0, pad)).reshape(rows * groups, width)
+    each = rounding.take(torch.arange(rows, device=w.device).repeat_interleave(groups))
+    fit = fit_bcq(
+        flat, spec.bits, mask, offset=spec.offset, rounding=each, rounds=spec.rounds, starts=spec.starts
+    )
+    planes = code_planes(fit.codes.reshape(rows, -1)[:, :inputs], spec.bits)
+    offset = fit.z.reshape(rows, groups) if spec.offset else None
+    return encode(planes, fit.alpha.reshape(rows, groups, -1), offset, spec.group, spec.terms)
+
+
+def _processing_order(diagonal: Tensor, spec: ShiftSpec) -> tuple[Tensor, list[_Span]]:
+    """Return the columns in processing order and the groups as spans of it: groups by falling mean of H_jj, then columns.
+
+    Groups stay whole, so the order costs nothing in storage.
+    """
+    inputs = diagonal.shape[0]
+    pieces = [torch.arange(s, min(s + spec.group, inputs)) for s in range(0, inputs, spec.group)]
+    order = list(range(len(pieces)))
+    diagonal = diagonal.cpu()
+    if spec.ordered:
+        means = torch.stack([diagonal[p].mean() for p in pieces])
+        order = torch.argsort(means, descending=True, stable=True).tolist()
+        pieces = [p[torch.argsort(diagonal[p], descending=True, stable=True)] for p in pieces]
+    spans, start = [], 0
+    for g in order:
+        spans.append(_Span(g, start, start + len(pieces[g])))
+        start += len(pieces[g])
+    return torch.cat([pieces[g] for g in order]), spans
+
+
+def _column_loop(w: Tensor, upper: Tensor, spans: list[_Span], spec: ShiftSpec, rounding: Rounding) -> _State:
+    """Run GPTQ's loop with the fit inside; w [N, K] and upper [K, K] are in processing order."""
+    rows = w.shape[0]
+    state = _State(
+        w.new_zeros(rows, len(spans), spec.bits),
+        w.new_zeros(rows, len(spans)),
+        torch.zeros(w.shape, dtype=torch.int64, device=w.device),
+    )
+    w = w.clone()
+    for span in spans:
+        s, e = span.start, span.end
+        local = upper[s:e, s:e]
+        fit = fit_bcq(
+            w[:, s:e],
+            spec.bits,
+            1.0 / local.diagonal().square(),
+            offset=spec.offset,
+            rounding=rounding,
+            rounds=spec.rounds,
+            starts=spec.starts,
+        )
+        codes, scaled = _code_columns(w[:, s:e], local, codebook(fit.alpha, fit.z), spec.block)
+        alpha, z = fit.alpha, fit.z
+        if spec.polish:
+            factor = torch.linalg.solve_triangular(local, torch.eye(e - s, dtype=w.dtype, device=w.device), upper=True)
+            h = factor @ factor.T
+            alpha, z, codes = polish_group(w[:, s:e], h, alpha, z, codes, rounding, spec.offset, spec.polish)
+            error = w[:, s:e] - code_levels(alpha, z).gather(1, codes)
+            scaled = error @ factor
+        state.alpha[:, span.group], state.z[:, span.group], state.codes[:, s:e] = alpha, z, codes
+        w[:, e:] -= scaled @ upper[s:e, e:]
+    return state
+
+
+def _code_columns(w: Tensor, upper: Tensor, book: Codebook, block: int) -> tuple[Tensor, Tensor]:
+    """Code the columns of one group in turn, pushing each error into the later ones; returns codes and errors / U_jj."""
+    w = w.clone()
+    codes = torch.empty(w.shape, dtype=torch.int64, device=w.device)
+    scaled = torch.empty_like(w)
+    for start in range(0, w.shape[1], block):
+        end = min(start + block, w.shape[1])
+        for j in range(start, end):
+            index = torch.searchsorted(book.middles, w[:, j : j + 1].contiguous())
+            codes[:, j : j + 1] = book.order.gather(1, index)
+            step = (w[:, j : j + 1] - book.levels.gather(1, index)) / upper[j, j]
+            scaled[:, j : j + 1] = step
+            w[:, j + 1 : end].addcmul_(step, upper[j : j + 1, j + 1 : end], value=-1.0)
+        w[:, end:] -= scaled[:, start:end] @ upper[start:end, end:]
+    return codes, scaled
+
+
+def quadratic(error: Tensor, h: Tensor) -> Tensor:
+    """Return e h e^T of every row, [N]."""
+    return ((error @ h) * error).sum(1)
+
+
+def polish_group(
+    w: Tensor, h: Tensor, alpha: Tensor, z: Tensor, codes: Tensor, rounding: Rounding, offset: bool, rounds: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Alternate a joint scale refit and one coordinate sweep over the codes under the group's full Hessian; keep best.
+
+    w: [N, n] targets; h: [n, n], for a group inside the loop the Schur complement in which later columns are free;
+    alpha [N, q], z [N], codes [N, n]. Handbook section 6.2 items 1 to 3, restricted to one group.
+    """
+    best = [alpha.clone(), z.clone(), codes.clone()]
+    lowest = quadratic(w - code_levels(alpha, z).gather(1, codes), h)
+    for _ in range(rounds):
+        z, alpha = solve_rounded(*_full_normal(w, h, codes, alpha.shape[1]), rounding, offset)
+        codes = _descend(w, h, alpha, z, codes)
+        value = quadratic(w - code_levels(alpha, z).gather(1, codes), h)
+        better = value < lowest
+        lowest = torch.where(better, value, lowest)
+        for kept, new in zip(best, (alpha, z, codes), strict=True):
+            kept[better] = new[better]
+        if not bool(better.any()):
+            break
+    return best[0], best[1], best[2]
+
+
+def _full_normal(w: Tensor, h: Tensor, codes: Tensor, planes: int) -> tuple[Tensor, Tensor]:
+    """Return Z h Z^T [N, q+1, q+1] and Z h w [N, q+1] of every row, Z the row's ones and signs [q+1, n]."""
+    design = pattern(planes, str(w.device))[codes].transpose(1, 2)
+    weighted = design @ h
+    return weighted @ design.transpose(1, 2), (weighted @ w[:, :, None])[:, :, 0]
+
+
+def _descend(w: Tensor, h: Tensor, alpha: Tensor, z: Tensor, codes: Tensor) -> Tensor:
+    """Set each column's code in turn to the minimiser of the row's quadratic, the others fixed; returns the codes."""
+    book = codebook(alpha, z)
+    q = code_levels(alpha, z).gather(1, codes)
+    codes = codes.clone()
+    gradient = (q - w) @ h
+    for j in range(w.shape[1]):
+        old = q[:, j : j + 1]
+        index = torch.searchsorted(book.middles, old - gradient[:, j : j + 1] / h[j, j])
+        codes[:, j : j + 1] = book.order.gather(1, index)
+        gradient.addcmul_(book.levels.gather(1, index) - old, h[j : j + 1])
+    return codes
+
+
+def _sweep(w: Tensor, h: Tensor, state: _State, spans: list[_Span], spec: ShiftSpec, rounding: Rounding) -> None:
+    """Polish every group once with all others fixed, in place; each row's tr(E H E^T) never rises."""
+    q = w.new_zeros(w.shape)
+    for span in spans:
+        levels = code_levels(state.alpha[:, span.group], state.z[:, span.group])
+        q[:, span.start : span.end] = levels.gather(1, state.codes[:, span.start : span.end])
+    gradient = (q - w) @ h
+    for span in spans:
+        s, e, g = span.start, span.end, span.group
+        local = h[s:e, s:e]
+        factor = torch.linalg.cholesky(local)
+        target = q[:, s:e] - torch.cholesky_solve(gradient[:, s:e].T.contiguous(), factor).T
+        alpha, z, codes = polish_group(
+            target, local, state.alpha[:, g], state.z[:, g], state.codes[:, s:e], rounding, spec.offset, 1
+        )
+        fresh = code_levels(alpha, z).gather(1, codes)
+        gradient += (fresh - q[:, s:e]) @ h[s:e]
+        q[:, s:e] = fresh
+        state.alpha[:, g], state.z[:, g], state.codes[:, s:e] = alpha, z, codes

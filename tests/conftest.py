@@ -1,0 +1,49 @@
+"""What every test shares: one seed, few threads, real models last, and where data for them may lie."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+SEED = 20240601
+
+# Derandomised, so that a run in CI says the same twice; HYPOTHESIS_PROFILE=explore looks for new examples.
+settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put slow tests after quick ones and real-model tests last, so that a plain mistake shows early."""
+    items.sort(
+        key=lambda item: (item.get_closest_marker("real") is not None, item.get_closest_marker("slow") is not None)
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(SEED)
+    # Libraries under test draw from the legacy generator.
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The directory of evaluation texts (`wikitext2/...`): $NOMUL_DATA, or `shared/data` in or beside the checkout."""
+    root = Path(__file__).resolve().parent.parent
+    named = os.environ.get("NOMUL_DATA")
+    places = [Path(named)] if named else [root / "shared" / "data", root.parent / "shared" / "data"]
+    for place in places:
+        if place.is_dir():
+            return place
+    pytest.skip(f"no evaluation texts: set NOMUL_DATA (looked in {', '.join(map(str, places))})")
