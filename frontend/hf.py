@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ class CausalWithCache(nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         from transformers.cache_utils import DynamicCache  # noqa: PLC0415
 
-        cache = DynamicCache(config=self.model_.config)
+        # Without a configuration every layer keeps all keys and values; a sliding window is then the mask's business.
+        cache = DynamicCache()
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
         out = self.model_(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
@@ -67,7 +69,7 @@ def _quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def skeleton(config: Any, attention: str = "sdpa") -> nn.Module:
+def skeleton(config: Any, attention: str = "sdpa", **options: Any) -> nn.Module:
     """Return the model of a configuration in float32 with allocated but never touched weights and real buffers.
 
     Untouched allocations take address space, not memory, while buffers such as rotary frequencies are computed.
@@ -76,7 +78,9 @@ def skeleton(config: Any, attention: str = "sdpa") -> nn.Module:
     from transformers.initialization import no_init_weights  # noqa: PLC0415
 
     with _quiet(), no_init_weights(), _skip_torch_init():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention, **options
+        )
     model.tie_weights()  # part of the initialisation that was skipped
     return model.eval().requires_grad_(False)
 
@@ -107,17 +111,19 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def cache_shapes(model: nn.Module) -> tuple[CacheShape, ...]:
-    """Return the cache shape of every layer, found by running the model on one token without weights being read.
+def cache_shapes(config: Any, attention: str) -> tuple[CacheShape, ...]:
+    """Return the cache shape of every layer, found by running the model on fake tensors.
 
     Raises UnsupportedError when a layer keeps anything but keys and values (recurrent state, compressed latents).
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
     from transformers.cache_utils import DynamicCache  # noqa: PLC0415
 
-    meta = _on_meta(model)
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        meta(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True)
+    cache = DynamicCache()
+    with torch.no_grad(), FakeTensorMode():
+        # The default expert product has no fake form in float32; the batched one has, and caches do not depend on it.
+        model = skeleton(copy.deepcopy(config), attention, experts_implementation="batched_mm")
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
     shapes = []
     for index, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -130,12 +136,6 @@ def cache_shapes(model: nn.Module) -> tuple[CacheShape, ...]:
             )
         shapes.append(CacheShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3])))
     return tuple(shapes)
-
-
-def _on_meta(model: nn.Module) -> nn.Module:
-    with _quiet(), torch.device("meta"):
-        twin = type(model)(model.config)
-    return twin.eval()
 
 
 def trace(config: Any, name: str) -> Program:
@@ -169,7 +169,7 @@ def _trace(config: Any, name: str, attention: str) -> Program:
 
     with _quiet():
         model = skeleton(config, attention)
-        shapes = cache_shapes(model)
+        shapes = cache_shapes(config, attention)
         past = [torch.zeros(_BATCH, s.heads, _PAST, d) for s in shapes for d in (s.key_dim, s.value_dim)]
         ids = torch.zeros(_BATCH, _SEQ, dtype=torch.long)
         mask = torch.ones(_BATCH, _SEQ + _PAST, dtype=torch.long)

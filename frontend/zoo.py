@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ir.errors import ResourceError, UnsupportedError, UsageError
 
@@ -227,7 +228,7 @@ def from_hub(entry: ZooEntry, scratch: Path, progress: Progress) -> Path:
 
     progress(f"fetching {entry.name}: {entry.hub_repo} on the Hugging Face hub")
     # The hub library lets the base error of whichever HTTP library it is built on escape, and derives its own from it.
-    transport = HfHubHTTPError.__bases__[0]
+    transport: Any = HfHubHTTPError.__bases__[0]
     repo, file, revision = entry.hub_repo, entry.hub_file, entry.hub_revision
     try:
         # Asked first because it fails at once, where the download retries loudly for half a minute.

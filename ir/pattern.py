@@ -94,8 +94,13 @@ class Miss:
 _MISS = Miss()
 
 
-def draw(function: Callable[..., Any], where: str) -> Picture:
-    """Return the picture a function draws when it is traced once; raises InvariantError if it is not made of calls."""
+def draw(function: Callable[..., Any], names: tuple[str, ...], where: str) -> Picture:
+    """Return the picture a function draws when it is traced once; an operator stands for its call on all of `names`.
+
+    Raises InvariantError if the picture is not made of calls.
+    """
+    if isinstance(function, (OpOverload, OpOverloadPacket)):
+        return Picture(Call(function, tuple(map(Var, names)), {}), names, 1, 1)
     graph = fx.Tracer().trace(function)
     drawn: dict[fx.Node, Any] = {}
     levels: dict[fx.Node, int] = {}
@@ -178,9 +183,14 @@ def _picture_args(call: Call, overload: OpOverload) -> tuple[Any, ...] | None:
     return bound_args(overload, call.args, call.kwargs)
 
 
-@cache
-def _slot_names(overload: OpOverload) -> tuple[str, ...]:
-    return tuple(a.name for a in overload._schema.arguments)
+def _argument_name(target: Any, index: int) -> str:
+    if isinstance(target, OpOverload):
+        return str(target._schema.arguments[index].name)
+    return f"argument {index}"
+
+
+def _is_constant(pattern: Any) -> bool:
+    return not isinstance(pattern, (Var, Call, list, tuple, slice))
 
 
 def match(picture: Picture, root: fx.Node, demands: Demands, explain: bool = False) -> Match | Miss:
@@ -267,13 +277,19 @@ class _Search:
         if wanted is None or given is None or len(wanted) != len(given):
             self.miss(node, f"the arguments of {show(node)} are not of the kind drawn")
             return ()
+        commutes = _commutes(node, given)
+        for index in range(2 if commutes else 0, len(wanted)):
+            if _is_constant(wanted[index]) and not same_value(wanted[index], given[index]):
+                if self.explain:
+                    name = _argument_name(node.target, index)
+                    self.miss(node, f"{name} of {show(node)} is {show(given[index])}, not {show(wanted[index])}")
+                return ()
         self.calls[call] = node
         self.trail.append(call)
         pairs = tuple(zip(wanted, given, strict=True))
-        if not _commutes(node, given):
+        if not commutes:
             return (pairs,)
-        swapped = ((wanted[0], given[1]), (wanted[1], given[0]), *pairs[2:])
-        return (pairs, swapped)
+        return (pairs, ((wanted[0], given[1]), (wanted[1], given[0]), *pairs[2:]))
 
     def alone(self) -> bool:
         """Check that nothing outside the match reads its inner calls, if that is demanded."""

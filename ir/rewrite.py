@@ -88,6 +88,7 @@ class Rules:
     ) -> Callable[[Body], Body]:
         """Return a decorator that enters a body under one or more pictures, of which the first that matches is used.
 
+        pictures: functions of the same arguments as the body; an operator alone is a call of it on all of them.
         params: bindings that must be parameters, `bias?` one that may also be absent; consts: bindings that must be
         constants; sole: refuse where anything outside the match reads its inner calls.
         Raises InvariantError when a picture cannot be read or names do not agree.
@@ -130,8 +131,8 @@ def _rule(
     code = inspect.unwrap(body).__code__
     where = f"{code.co_filename}:{code.co_firstlineno}"
     name = code.co_name
-    pictures = tuple(draw(function, where) for function in functions)
     given = tuple(inspect.signature(body).parameters)[1:]
+    pictures = tuple(draw(function, given, where) for function in functions)
     if not pictures or any(set(p.names) != set(given) for p in pictures):
         drawn = " and ".join(f"({', '.join(p.names)})" for p in pictures) or "none"
         raise InvariantError(f"rule {name} takes ({', '.join(given)}) but its pictures bind {drawn}", where=where)
@@ -197,7 +198,7 @@ def _explain(rule: Rule, program: Program, node: fx.Node) -> str:
         if not found.fitted:
             wanted = " or ".join(dict.fromkeys(target_text(p.root.target) for p in rule.pictures))
             return found.reason if packet_of(node.target) in _roots(rule) else f"{show(node)} is not {wanted}"
-        return f"stops after {found.fitted} parts fit: {found.reason}"
+        return f"stops: {found.reason} ({found.fitted} fitted before)"
     builder, result = _build(rule, Editor(program, rule.name), found)
     builder.undo()
     if isinstance(result, No):

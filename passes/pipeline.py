@@ -117,11 +117,22 @@ def _walk(items: Sequence[Item]) -> Iterator[Pass]:
 
 
 def _build_all(source: Source, registry: Registry | None) -> Pipeline:
-    return Pipeline(tuple(_build(source, item, registry) for item in read(source)))
+    items = read(source)
+    # All names first: a misspelt one is then answered before any pass, and with it torch, is imported.
+    _check_names(source, items, pass_names() if registry is None else tuple(registry))
+    return Pipeline(tuple(_build(source, item, registry) for item in items))
+
+
+def _check_names(source: Source, items: Sequence[ItemText], names: Sequence[str]) -> None:
+    for item in items:
+        if item.name not in names:
+            known = f"the passes are {', '.join(names)}"
+            raise source.error(item.pos, f"there is no pass {item.name}", fix=did_you_mean(item.name, names) + known)
+        _check_names(source, item.nested, names)
 
 
 def _build(source: Source, item: ItemText, registry: Registry | None) -> Item:
-    kind = _find(source, item, registry)
+    kind = load_pass(item.name) if registry is None else registry[item.name]
     if item.nested and not kind.nests:
         raise source.error(
             item.nested_pos,
@@ -135,14 +146,6 @@ def _build(source: Source, item: ItemText, registry: Registry | None) -> Item:
     except OptionError as error:
         raise _located(source, item, error) from None
     return Item(pass_, tuple(_build(source, inner, registry) for inner in item.nested))
-
-
-def _find(source: Source, item: ItemText, registry: Registry | None) -> type[Pass]:
-    names = pass_names() if registry is None else tuple(registry)
-    if item.name not in names:
-        known = f"the passes are {', '.join(names)}"
-        raise source.error(item.pos, f"there is no pass {item.name}", fix=did_you_mean(item.name, names) + known)
-    return load_pass(item.name) if registry is None else registry[item.name]
 
 
 def _values(source: Source, item: ItemText, kind: type[Pass]) -> dict[str, object]:

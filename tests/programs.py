@@ -48,7 +48,8 @@ class Sketch:
 
     def call(self, target: Any, *args: Any, type: ValueType, path: str = "", by: str = "", **kwargs: Any) -> fx.Node:
         """Add a call and return its node."""
-        node = self.graph.call_function(target, args, kwargs)
+        name = str(target.__name__).partition(".")[0]
+        node = self.graph.create_node("call_function", target, args, kwargs, name)
         node.meta = {TYPE: type, **({PATH: path} if path else {}), **({ORIGIN: by} if by else {})}
         return node
 

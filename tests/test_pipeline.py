@@ -257,6 +257,7 @@ def test_recipe_errors_name_file_and_line(tmp_path: Path) -> None:
     ("text", "column", "says"),
     [
         ("canon,shfit", 7, "did you mean `shift`?"),
+        ("shift{bits=x},blocks(shfit)", 22, "there is no pass shfit"),
         (
             "shift{bit=3}",
             7,
