@@ -11,8 +11,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from ir.errors import UnsupportedError
-from ir.params import Entry, MemorySource, ParamStore
+from ir.errors import InvariantError, UnsupportedError
+from ir.params import Entry, MemorySource, ParamStore, Source
 from ir.program import PATH, TYPE, Program
 from ir.types import Dim, ScalarType, TensorType, ValueType, tensor_type
 
@@ -40,6 +40,25 @@ def import_exported(
     importer.run()
     declared = tuple(dict.fromkeys(symbols.values()))
     return Program(importer.graph, importer.params, name, symbols=declared)
+
+
+class Untraced:
+    """A parameter known by its type alone: tracing needs no weights, and `frontend.weights` binds them later."""
+
+    def __init__(self, name: str, kind: TensorType) -> None:
+        self._name, self._type = name, kind
+
+    def names(self) -> tuple[str, ...]:
+        return (self._name,)
+
+    def type_of(self, name: str) -> TensorType:
+        return self._type
+
+    def stored_bytes(self, name: str) -> int:
+        return self._type.nbytes
+
+    def load(self, name: str) -> torch.Tensor:
+        raise InvariantError(f"the weight {name} was read before it was bound", fix="bind the checkpoint first")
 
 
 class _Importer:
@@ -75,7 +94,10 @@ class _Importer:
         target = self.aliases.get(target, target)
         tensor = self._tensor(spec)
         if target not in self.params:
-            self.params.enter(target, Entry(MemorySource({target: tensor}), target, tensor_type(tensor)))
+            source: Source = MemorySource({target: tensor.detach().clone()})
+            if spec.kind is InputKind.PARAMETER:
+                source = Untraced(target, tensor_type(tensor))
+            self.params.enter(target, Entry(source, target, tensor_type(tensor)))
         for existing in self.graph.nodes:
             if existing.op == "get_attr" and existing.target == target:
                 return existing

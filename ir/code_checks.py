@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from ir.op_checks import Check, Dims, Site, differ, same_dims
-from ir.ops.packing import group_count, packed_length
+from ir.ops.packing import packed_length
+from ir.ops.shiftcode import group_count
 
 
 def stored(site: Site, name: str, dtype: torch.dtype, dims: Dims | None) -> Iterator[str]:

@@ -189,7 +189,7 @@ def transpose(site: Site) -> Iterator[str]:
     dims = list(site.dims("self") or ())
     first, second = site.args["dim0"], site.args["dim1"]
     if dims:
-        if not all(-len(dims) <= d < len(dims) for d in (first, second)):
+        if not all(isinstance(d, int) and -len(dims) <= d < len(dims) for d in (first, second)):
             yield f"dims {first} and {second} must lie within [{_text(dims)}]"
             return
         dims[first], dims[second] = dims[second], dims[first]
@@ -199,7 +199,7 @@ def transpose(site: Site) -> Iterator[str]:
 def permute(site: Site) -> Iterator[str]:
     """The dims are the input's in another order."""
     dims, order = site.dims("self"), site.args["dims"]
-    if dims is None:
+    if dims is None or not all(isinstance(d, int) for d in order):
         return
     if sorted(d % max(len(dims), 1) for d in order) != list(range(len(dims))):
         yield f"dims must be an order of the {len(dims)} dims of the input, but they are {list(order)}"
@@ -236,6 +236,9 @@ def pointwise(site: Site) -> Iterator[str]:
 
 def getitem(site: Site) -> Iterator[str]:
     """The index lies within the tuple, and the type is that element's."""
+    if len(site.node.args) != 2:
+        yield f"a source and an index are needed, but there are {len(site.node.args)} arguments"
+        return
     source, index = site.node.args
     kind = source.meta.get(TYPE) if isinstance(source, fx.Node) else None
     if not isinstance(kind, tuple):

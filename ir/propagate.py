@@ -12,11 +12,20 @@ from torch import fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from ir.checks import TYPE_FIX, Diagnostic, about
+from ir.errors import NomulError
 from ir.program import TYPE, Program
 from ir.types import Dim, ScalarType, TensorType, ValueType, type_text
 
 # Distinct primes, so that two symbols taken for each other show.
 SIZES = (3, 5, 7, 11, 13, 17, 19, 23)
+
+
+def _power(base: int, exponent: int) -> int:
+    # A text may come from anywhere, and a tower of powers would take forever.
+    if not 0 <= exponent <= 8:
+        raise ArithmeticError(f"no size is a power of {exponent}")
+    return int(base**exponent)
+
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -24,7 +33,7 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
+    ast.Pow: _power,
     ast.USub: operator.neg,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"Max": max, "Min": min, "FloorDiv": operator.floordiv, "Mod": operator.mod}
@@ -95,7 +104,7 @@ def _run(node: fx.Node, values: dict[fx.Node, Any], sizes: Mapping[str, int]) ->
         value = node.target(*args, **kwargs)  # type: ignore[operator]
     except (DataDependentOutputException, DynamicOutputShapeException):
         return ""
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (NomulError, RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
         # What follows is run on a value of the recorded type, so that one mistake is reported once.
         values[node] = _sample(node.meta.get(TYPE), sizes)

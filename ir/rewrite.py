@@ -251,6 +251,7 @@ class _Run:
         for rule in self.index[packet_of(node.target)]:
             found = _find(rule, node)
             if isinstance(found, Miss):
+                self.refusals.pop((rule, node), None)
                 if found.shared:
                     self._refuse(rule, node, found.reason, found.node)
                 continue

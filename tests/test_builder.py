@@ -10,7 +10,7 @@ from torch import fx
 
 from ir.builder import Builder
 from ir.errors import InvariantError
-from ir.program import PATH
+from ir.program import PATH, TYPE
 from ir.rewrite import No, Refusal, Rules
 from ir.types import ScalarType, TensorType, tensor_type
 from tests.drafts import Draft, one, run
@@ -19,31 +19,41 @@ aten = torch.ops.aten
 
 
 def test_refused_overwrite_of_a_parameter_is_taken_back() -> None:
-    program, rules = gained(), Rules("norms")
+    program, rules = one(aten.mul.Tensor, "x", "p"), Rules("r")
 
-    @rules(lambda x, g, w: aten.linear(aten.mul(x, g), w), params="g w")
-    def widen(b: Builder, x: fx.Node, g: fx.Node, w: fx.Node) -> No:
-        b.param(w, torch.zeros(7, 7))
+    @rules(aten.mul, params="p")
+    def widen(b: Builder, x: fx.Node, p: fx.Node) -> No:
+        b.param(p, torch.zeros(7, 7))
+        b.call(aten.mul, x, b.param(b.fresh("q"), torch.zeros(3)), like=x)
         return No("changed its mind")
 
-    old = program.params.get("w0")
-    rules.apply(program)
-    assert program.params.get("w0") is old and program.node("w0").meta[TYPE] == tensor_type(old)
-    assert program.params.entry("w0").written_by == ""
+    old, before, version = program.params.get("p"), str(program.graph), program.version
+    assert rules.apply(program).refusals == (Refusal("widen", "out", "changed its mind"),)
+    assert program.params.get("p") is old and program.node("p").meta[TYPE] == tensor_type(old)
+    assert program.params.entry("p").written_by == "" and "q" not in program.params
+    assert str(program.graph) == before and program.version == version
 
 
-def test_shared_weight_is_seen_by_users_by_twin_nodes_and_by_ties() -> None:
-    tensors = {"g": torch.ones(4, dtype=torch.float64), "w": torch.ones(4, 4, dtype=torch.float64)}
-    for case in ("users", "twins", "tied"):
-        draft = Draft(**tensors)
-        x, g, w = draft.input("x"), draft.param("g"), draft.param("w")
-        y = draft.call(aten.linear.default, draft.call(aten.mul.Tensor, x, g), w, name="proj")
-        other = draft.param("w") if case == "twins" else w
-        outputs = (y,) if case == "tied" else (y, draft.call(aten.neg.default, other))
-        program = draft.program(*outputs)
+def test_shared_parameter_is_seen_by_users_by_twin_nodes_and_by_ties() -> None:
+    rules, seen = Rules("r"), []
+
+    @rules(aten.mul, params="p")
+    def look(b: Builder, x: fx.Node, p: fx.Node) -> No:
+        seen.append((b.shared(p), len(b.users(p))))
+        with pytest.raises(TypeError, match="x is computed, not a parameter"):
+            b.shared(x)
+        return No("looked")
+
+    for case in ("alone", "users", "twins", "tied"):
+        draft = Draft(p=torch.ones(2, 4, dtype=torch.float64))
+        x, p = draft.input("x"), draft.param("p")
+        y = draft.call(aten.mul.Tensor, x, p)
+        other = {"users": p, "twins": draft.param("p")}.get(case, x)
+        program = draft.program(y, draft.call(aten.neg.default, other))
         if case == "tied":
-            program.params.tie("head", "w")
-        assert gain_rules().apply(program).refusals == (Refusal("gain_into_linear", "proj", "weight is shared", "w"),)
+            program.params.tie("head", "p")
+        rules.apply(program)
+    assert seen == [(False, 1), (True, 2), (True, 1), (True, 1)]
 
 
 def test_rewriting_a_shared_parameter_makes_a_fresh_one() -> None:
@@ -59,8 +69,6 @@ def test_rewriting_a_shared_parameter_makes_a_fresh_one() -> None:
     rules.apply(program)
     out = run(program, torch.ones(2, 4, dtype=torch.float64))
     assert out[0].eq(3).all() and out[1].eq(2).all() and sorted(program.params) == ["w", "w2"]
-
-
 
 
 def test_multi_node_replacement_and_overloads_by_kind() -> None:
@@ -81,8 +89,6 @@ def test_multi_node_replacement_and_overloads_by_kind() -> None:
     assert {n.meta[PATH] for n in program.graph.nodes if n.op == "call_function"} == {"model.out"}
     x = torch.arange(8, dtype=torch.float64).view(2, 4)
     assert torch.equal(run(program, x, x)[0], 2 * x - x * x)
-
-
 
 
 def broken(body: Any) -> str:
@@ -123,7 +129,7 @@ def test_a_wrong_body_is_named_with_file_and_line_and_undone() -> None:
         (no_overload, "no overload of aten.mean"),
     ):
         message = broken(body)
-        assert words in message and "test_rewrite.py:" in message and f"rule {body.__name__}" in message
+        assert words in message and "test_builder.py:" in message and f"rule {body.__name__}" in message
 
 
 def test_an_exception_in_a_body_passes_with_a_note_of_the_rule() -> None:
@@ -139,4 +145,3 @@ def test_an_exception_in_a_body_passes_with_a_note_of_the_rule() -> None:
         rules.apply(program)
     assert "rule crash (" in caught.value.__notes__[0] and "at out" in caught.value.__notes__[0]
     assert str(program.graph) == before
-

@@ -173,7 +173,10 @@ def test_a_miss_names_what_differs() -> None:
     x, p = draft.input("x"), draft.param("p")
     mean = draft.call(aten.mean.dim, x, [-1], name="mean")
     program = draft.program(draft.call(aten.add.Tensor, mean, p, name="out"))
-    assert reason(lambda x, w: aten.add(aten.mean(x, -1, True), w), program) == "keepdim of mean (aten.mean.dim) is False, not True"
+    assert (
+        reason(lambda x, w: aten.add(aten.mean(x, -1, True), w), program)
+        == "keepdim of mean (aten.mean.dim) is False, not True"
+    )
     assert reason(lambda x, w: aten.add(aten.exp(x), w), program) == "mean (aten.mean.dim) is not aten.exp"
     sums = one(aten.add.Tensor, "x", "y")
     assert reason(lambda x, w: aten.add(w, x), sums, params="w") == "w must be a parameter and is x (placeholder)"

@@ -14,6 +14,8 @@ from torch import Tensor
 from ir.ops.shiftcode import OFFSET_OCTAVES, SCALE_OCTAVES, leading_exponent, round_power_terms
 
 _RIDGE = 1e-10
+# After this many rounds only the best start of each row goes on.
+_TRIAL_ROUNDS = 3
 # Steps of a uniform start as multiples of the group's rms, around the Lloyd-Max step of a Gaussian for 1..4 bits.
 _STEPS = {1: (1.6,), 2: (0.8, 1.0, 1.25), 3: (0.45, 0.6, 0.8), 4: (0.26, 0.34, 0.48)}
 
@@ -203,11 +205,12 @@ def fit_bcq(
     if rounding is not None:
         many = rounding.take(torch.arange(w.shape[0], device=w.device).repeat(copies))
         alpha, z = many.scale(alpha), many.offset(z[:, None])[:, 0]
-    fit = _alternate(w_all, weight_all, alpha, z, many, offset, rounds)
+    trial = rounds if copies == 1 else min(rounds, _TRIAL_ROUNDS)
+    fit = _alternate(w_all, weight_all, alpha, z, many, offset, trial)
     if copies == 1:
         return fit
     pick = fit.loss.unflatten(0, (copies, -1)).argmin(0) * w.shape[0] + torch.arange(w.shape[0], device=w.device)
-    return BcqFit(fit.alpha[pick], fit.codes[pick], fit.z[pick], fit.loss[pick])
+    return _alternate(w, weight, fit.alpha[pick], fit.z[pick], rounding, offset, rounds - trial)
 
 
 def weighted_loss(w: Tensor, weight: Tensor, alpha: Tensor, z: Tensor, codes: Tensor) -> Tensor:

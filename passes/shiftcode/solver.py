@@ -201,19 +201,19 @@ def _column_loop(w: Tensor, upper: Tensor, spans: list[_Span], spec: ShiftSpec, 
 
 def _code_columns(w: Tensor, upper: Tensor, book: Codebook, block: int) -> tuple[Tensor, Tensor]:
     """Code the columns of one group in turn, pushing each error into the later ones; returns codes and errors / U_jj."""
-    w = w.clone()
+    # Transposed, so that the column at hand is contiguous.
+    w = w.T.contiguous()
     codes = torch.empty(w.shape, dtype=torch.int64, device=w.device)
     scaled = torch.empty_like(w)
-    for start in range(0, w.shape[1], block):
-        end = min(start + block, w.shape[1])
+    for start in range(0, w.shape[0], block):
+        end = min(start + block, w.shape[0])
         for j in range(start, end):
-            index = torch.searchsorted(book.middles, w[:, j : j + 1].contiguous())
-            codes[:, j : j + 1] = book.order.gather(1, index)
-            step = (w[:, j : j + 1] - book.levels.gather(1, index)) / upper[j, j]
-            scaled[:, j : j + 1] = step
-            w[:, j + 1 : end].addcmul_(step, upper[j : j + 1, j + 1 : end], value=-1.0)
-        w[:, end:] -= scaled[:, start:end] @ upper[start:end, end:]
-    return codes, scaled
+            index = torch.searchsorted(book.middles, w[j, :, None])
+            codes[j] = book.order.gather(1, index)[:, 0]
+            scaled[j] = (w[j] - book.levels.gather(1, index)[:, 0]) / upper[j, j]
+            w[j + 1 : end].addcmul_(upper[j, j + 1 : end, None], scaled[j, None], value=-1.0)
+        w[end:] -= upper[start:end, end:].T @ scaled[start:end]
+    return codes.T.contiguous(), scaled.T
 
 
 def quadratic(error: Tensor, h: Tensor) -> Tensor:
@@ -254,15 +254,15 @@ def _full_normal(w: Tensor, h: Tensor, codes: Tensor, planes: int) -> tuple[Tens
 def _descend(w: Tensor, h: Tensor, alpha: Tensor, z: Tensor, codes: Tensor) -> Tensor:
     """Set each column's code in turn to the minimiser of the row's quadratic, the others fixed; returns the codes."""
     book = codebook(alpha, z)
-    q = code_levels(alpha, z).gather(1, codes)
-    codes = codes.clone()
-    gradient = (q - w) @ h
-    for j in range(w.shape[1]):
-        old = q[:, j : j + 1]
-        index = torch.searchsorted(book.middles, old - gradient[:, j : j + 1] / h[j, j])
-        codes[:, j : j + 1] = book.order.gather(1, index)
-        gradient.addcmul_(book.levels.gather(1, index) - old, h[j : j + 1])
-    return codes
+    # Columns are visited one by one, so everything is kept transposed to make them contiguous.
+    q = code_levels(alpha, z).gather(1, codes).T.contiguous()
+    gradient = h @ (q - w.T)
+    result = torch.empty_like(q, dtype=torch.int64)
+    for j in range(q.shape[0]):
+        index = torch.searchsorted(book.middles, (q[j] - gradient[j] / h[j, j])[:, None])
+        result[j] = book.order.gather(1, index)[:, 0]
+        gradient.addcmul_(h[:, j : j + 1], (book.levels.gather(1, index)[:, 0] - q[j])[None])
+    return result.T.contiguous()
 
 
 def _sweep(w: Tensor, h: Tensor, state: _State, spans: list[_Span], spec: ShiftSpec, rounding: Rounding) -> None:
