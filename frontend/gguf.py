@@ -44,6 +44,8 @@ _READ_ELSEWHERE = {
     "feed_forward_length",
     "tensor_data_layout",
 }
+# Settings of transformers' map that are worked out below instead.
+_REPLACED = ("rope_theta", "head_dim", "feed_forward_length")
 # GPT-2's Conv1D keeps these transposed with respect to the file.
 _CONV1D = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
 _CHUNK = 1 << 20
@@ -158,14 +160,18 @@ def _mapped_fields(header: GgufHeader) -> dict[str, Any]:
             fields[mapping[setting]] = value
         elif setting not in _READ_ELSEWHERE and value:
             raise _refused(header, key, f"it is {str(value)[:40]} and no setting of transformers' {arch} stands for it")
-    for key in ("rope_theta", "head_dim", "feed_forward_length"):
-        fields.pop(key, None)
-    return fields
+    # Absent settings would take transformers' defaults, which are those of some other model.
+    for setting in ("context_length", "embedding_length", "attention.head_count"):
+        count_field(header, f"{arch}.{setting}")
+    epsilon = f"{arch}.attention.layer_norm_{'' if arch == 'gpt2' else 'rms_'}epsilon"
+    if not isinstance(header.metadata.get(epsilon), float):
+        raise damaged(header.path, f"its metadata has no number under {epsilon}")
+    return {key: value for key, value in fields.items() if key not in _REPLACED}
 
 
 def _refused(header: GgufHeader, key: str, why: str) -> UnsupportedError:
     return UnsupportedError(
-        f"the GGUF setting {key} is not supported",
+        f"the GGUF setting {key!r} is not supported",
         where=str(header.path),
         why=f"{why}; ignoring it could give a model that runs and is wrong",
         fix="give the Hugging Face directory of the model instead",

@@ -78,6 +78,26 @@ def addmm_to_linear(b: Builder, x: fx.Node, w: fx.Node, bias: fx.Node) -> fx.Nod
     return turned if isinstance(turned, No) else b.call(aten.linear, x, turned, bias, like=b.root)
 
 
+@linears(
+    lambda x, w: aten.matmul(x, aten.numpy_T(w)),
+    lambda x, w: aten.matmul(x, aten.t(w)),
+    lambda x, w: aten.matmul(x, aten.transpose(w, 0, 1)),
+    lambda x, w: aten.matmul(x, aten.permute(w, [1, 0])),
+    params="w",
+)
+def product_with_transpose(b: Builder, x: fx.Node, w: fx.Node) -> fx.Node:
+    """x W^T written out is a linear (Falcon)."""
+    return b.call(aten.linear, x, w, like=b.root)
+
+
+@linears(lambda x, w, bias: aten.add(aten.linear(x, w), bias), params="w bias", sole=True)
+def bias_into_linear(b: Builder, x: fx.Node, w: fx.Node, bias: fx.Node) -> fx.Node | No:
+    """A vector added to a linear's result is its bias."""
+    if b.type(bias).dims != b.type(w).dims[:1]:
+        return No("the sum is not with one value per output", bias)
+    return b.call(aten.linear, x, w, bias, like=b.root)
+
+
 @norms(
     lambda x, eps: aten.mul(x, aten.rsqrt(aten.add(aten.mean(aten.pow(x, 2), [-1], True), eps))),
     lambda x, eps: aten.mul(x, aten.pow(aten.add(aten.mean(aten.pow(x, 2), [-1], True), eps), -0.5)),

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ir.program import Program
 from ir.text import dump
 
 _TOKEN = re.compile(r'[%@][A-Za-z0-9_./-]+|@"(?:[^"\\]|\\.)*"')
-_NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
+_COMMENT = re.compile(r"   # (?!\| by )(\S+)")
 _SUFFIX = re.compile(r"_\d+(?=_|$)")
-_INDEXED = re.compile(r"^(.*?)\.(\d+)(?=\.|$)")
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -46,25 +45,45 @@ def diff(a: Program | str, b: Program | str) -> str:
 
 
 def changes(old: str, new: str) -> list[Change]:
-    """Return the changes between two texts in order, those of one block together."""
+    """Return the changes between two texts in order of their first line, those of one block together."""
     before, after = old.splitlines(), new.splitlines()
-    blocks: dict[tuple[str, int], list[str]] = {}
-    found: list[list[str]] = []
-    owners: list[tuple[str, int] | None] = []
+    gathered: dict[tuple[str, int] | int, list[str]] = {}
     matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    for tag, i, j, k, m in matcher.get_opcodes():
-        loose = True
-        for line in [] if tag == "equal" else [*_signed("-", before[i:j]), *_signed("+", after[k:m])]:
-            block = block_of(line)
-            if block is None and loose and found and owners[-1] is None and found[-1] is last:
-                last.append(line)
-                continue
-            loose = block is None
-            if block is None or block not in blocks:
-                last = []
-                found.append(last)
-                owners.append(block)
-            if block is not None:
-                last = blocks.setdefault(block, last)
-            last.append(line)
-    return [Change(tuple(lines), owner) for lines, owner in zip(found, owners, strict=True)]
+    for stretch, (tag, i, j, k, m) in enumerate(matcher.get_opcodes()):
+        if tag == "equal":
+            continue
+        for line in [*(f"- {x}" for x in before[i:j]), *(f"+ {x}" for x in after[k:m])]:
+            owner = block_of(line)
+            gathered.setdefault(stretch if owner is None else owner, []).append(line)
+    return [Change(tuple(x), None if isinstance(owner, int) else owner) for owner, x in gathered.items()]
+
+
+def block_of(line: str) -> tuple[str, int] | None:
+    """Return the first numbered module of a line's path, or of its first parameter: `("model.layers", 3)`."""
+    comment = _COMMENT.search(line)
+    path = comment.group(1) if comment else next((t[1:] for t in _TOKEN.findall(line) if t[0] == "@"), "")
+    index = _INDEX.search(path)
+    return (path[: index.start()], int(index.group(1))) if index else None
+
+
+def _without_indices(line: str, seen: dict[str, dict[str, int]]) -> str:
+    def anonymous(match: re.Match[str]) -> str:
+        token = match.group()
+        base = _SUFFIX.sub("", token) if token[0] == "%" else _INDEX.sub(".#", token)
+        # Names that differ in indices alone are told apart by order of appearance, so that wiring still counts.
+        order = seen.setdefault(base, {})
+        return f"{base}#{order.setdefault(token, len(order))}"
+
+    line = _TOKEN.sub(anonymous, line)
+    return _COMMENT.sub(lambda match: f"   # {_INDEX.sub('.#', match.group(1))}", line)
+
+
+def _title(group: list[Change]) -> str:
+    count = len(group[0].lines)
+    same = f": the same {count} lines" if count > 1 else ": the same line"
+    if group[0].block is None:
+        return "1 place" if len(group) == 1 else f"{len(group)} places{same}"
+    names = [f"{stem}.{index}" for stem, index in (c.block for c in group if c.block)]
+    if len(names) == 1:
+        return f"1 block, {names[0]}"
+    return f"{len(names)} blocks, {names[0]} to {names[-1]}{same}"

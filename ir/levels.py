@@ -18,7 +18,7 @@ _ATEN = {
     "matrix products": "linear matmul mm bmm addmm baddbmm dot mv einsum outer conv1d convolution",
     "attention, norms": "scaled_dot_product_attention rms_norm layer_norm native_layer_norm group_norm",
     "activations": """silu gelu relu relu6 sigmoid tanh leaky_relu elu celu selu mish hardtanh hardsigmoid hardswish
-        softplus threshold glu softmax _softmax log_softmax _log_softmax log_sigmoid softsign tanhshrink""",
+        softplus threshold glu softmax _softmax log_softmax _log_softmax log_sigmoid""",
     "arithmetic": """add sub rsub mul div true_divide floor_divide remainder fmod pow square sqrt rsqrt reciprocal exp
         exp2 expm1 log log2 log10 log1p sin cos tan atan atan2 erf abs neg positive sign sgn round floor ceil trunc frac
         clamp clamp_min clamp_max clip maximum minimum fmax fmin lerp addcmul addcdiv nan_to_num ldexp float_power""",
@@ -33,10 +33,10 @@ _ATEN = {
     "joining": "cat concat stack hstack vstack repeat repeat_interleave tile pad constant_pad_nd roll flip rot90",
     "indexing": """embedding index index_select gather take_along_dim take scatter scatter_add scatter_reduce index_put
         index_add index_copy index_fill slice_scatter select_scatter masked_scatter nonzero masked_select topk sort
-        argsort one_hot bincount histc searchsorted bucketize unique_consecutive triu tril grouped_mm _grouped_mm""",
+        argsort one_hot bincount histc searchsorted bucketize unique_consecutive triu tril _grouped_mm""",
     "construction": """arange full full_like zeros zeros_like ones ones_like new_zeros new_ones new_full empty_like
         eye linspace scalar_tensor meshgrid""",
-    "casts": "to _to_copy type_as float",
+    "casts": "to _to_copy type_as",
     "sizes": "sym_size sym_numel sym_stride item _local_scalar_dense size numel",
 }
 

@@ -80,7 +80,7 @@ class SafetensorsSource:
         self._entries, self._data_start = _read_safetensors_header(path)
         with path.open("rb") as handle:
             size = path.stat().st_size
-            self._map = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_COPY)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._entries)
@@ -255,7 +255,7 @@ class ParamStore:
         with path.open("wb") as handle:
             handle.write(memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
         with path.open("rb") as handle:
-            view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
         # The mapping keeps the bytes alive; unlinking now means that a killed run leaves nothing behind.
         path.unlink()
         return torch.frombuffer(view, dtype=tensor.dtype).view(tensor.shape)

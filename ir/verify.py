@@ -34,7 +34,9 @@ def verify(program: Program, full: bool = False, level: Level | None = None) -> 
     shown = "\n".join(f"  {d}" for d in found[:SHOWN])
     more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     count = "one rule" if len(found) == 1 else f"{len(found)} rules"
-    raise InvariantError(f"program {program.name} breaks {count} of level {program.level}:\n{shown}{more}")
+    raise InvariantError(
+        f"program {program.name} breaks {count} of level {level.name if level else program.level}:\n{shown}{more}"
+    )
 
 
 def check_finite(program: Program) -> list[Diagnostic]:

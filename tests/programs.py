@@ -13,7 +13,7 @@ from ir.params import MemorySource, ParamStore
 from ir.program import ORIGIN, PATH, TYPE, Program
 from ir.types import ScalarType, TensorType, ValueType
 
-aten = torch.ops.aten
+aten, nomul = torch.ops.aten, torch.ops.nomul
 F32, I64 = torch.float32, torch.int64
 
 
@@ -32,6 +32,10 @@ class Sketch:
     def random(self, *shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
         """Return a seeded tensor N(0, 0.2)."""
         return (torch.randn(shape, generator=self._generator) * 0.2).to(dtype)
+
+    def bytes(self, *shape: int) -> torch.Tensor:
+        """Return seeded bytes."""
+        return torch.randint(0, 256, shape, generator=self._generator, dtype=torch.uint8)
 
     def param(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Add a parameter and return its node."""
@@ -138,3 +142,35 @@ def odd_program() -> Program:
         history=("canon", 'fold{norms=true, text="x"}'),
         attributes={"cache": {"layers": 2}, "note": "ü\n"},
     )
+
+
+def compressed_program(width: int = 20, rows: int = 12, group: int = 8) -> Program:
+    """Return rope, a shift-add linear with offsets (3 planes, 2 terms) and a 3-bit linear with zeros, as passes leave.
+
+    Inputs x [batch, 2, seq, width], cos and sin [1, 1, seq, width]; output [batch, 2, seq, 8]. Group does not divide
+    width, so the last group is ragged.
+    """
+    s, planes, terms, bits = Sketch(2), 3, 2, 3
+    groups, heads = -(-width // group), ("batch", 2, "seq")
+    second = -(-rows // group)
+    shift = [
+        s.param("q.signs", s.bytes(planes, rows, -(-width // 8))),
+        s.param("q.scales", s.bytes(rows, -(-groups * planes * terms // 2))),
+        s.param("q.exponents", torch.full((rows, 2), -3, dtype=torch.int8)),
+        s.param("q.offsets", s.bytes(rows, -(-groups * terms // 2))),
+        s.param("q.bias", s.random(rows)),
+    ]
+    quant = [
+        s.param("o.codes", s.bytes(8, -(-rows * bits // 8))),
+        s.param("o.scales", s.random(8, second, dtype=torch.float16)),
+        s.param("o.zeros", s.bytes(8, -(-second * bits // 8))),
+    ]
+    x = s.input("x", TensorType(F32, (*heads, width)))
+    cos, sin = (s.input(n, TensorType(F32, (1, 1, "seq", width))) for n in ("cos", "sin"))
+    turned = s.call(nomul.rope.default, x, cos, sin, False, type=x.meta[TYPE], path="layers.0.rope", by="canon")
+    wide, narrow = TensorType(F32, (*heads, rows)), TensorType(F32, (*heads, 8))
+    hid = s.call(
+        nomul.shiftadd_linear.default, turned, *shift, group, terms, type=wide, path="layers.0.q", by="shiftadd"
+    )
+    out = s.call(nomul.quant_linear.default, hid, *quant, None, bits, group, type=narrow, path="layers.0.o", by="quant")
+    return s.program(out, name="compressed", level="compressed")

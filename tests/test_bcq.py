@@ -1,5 +1,7 @@
 """Binary coding of one group: exact steps, keep-best, equivariance and the degenerate groups."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,10 +69,10 @@ def test_sequential_rounding_beats_rounding_the_solution() -> None:
 def test_real_alternation_never_rises_and_keeps_the_best() -> None:
     w, weight = normal(200, 40), normal(1, 40, seed=1).square().expand(200, 40)
     losses = [fit_bcq(w, 3, weight, offset=True, rounds=r).loss for r in range(8)]
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in pairwise(losses):
         assert bool((after <= before * (1 + 1e-9)).all())
     rounded = [fit_bcq(w, 3, weight, offset=True, rounds=r, rounding=Rounding(1)).loss for r in range(8)]
-    for before, after in zip(rounded, rounded[1:], strict=False):
+    for before, after in pairwise(rounded):
         assert bool((after <= before).all())
     assert float(rounded[-1].sum()) < float(rounded[0].sum())
 
@@ -85,7 +87,7 @@ def test_reported_loss_is_the_loss_of_the_returned_values() -> None:
 
 
 def test_more_planes_starts_terms_and_an_offset_lower_the_loss() -> None:
-    w = normal(300, 64)
+    w = normal(80, 64)
     by_planes = [float(fit_bcq(w, q).loss.sum()) for q in (1, 2, 3, 4)]
     assert by_planes == sorted(by_planes, reverse=True)
     assert float(fit_bcq(w, 3, starts=4).loss.sum()) < 0.99 * float(fit_bcq(w, 3).loss.sum())

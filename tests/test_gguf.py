@@ -154,6 +154,16 @@ def test_settings_the_model_would_not_honour_are_refused(tmp_path: Path, more: d
         gguf_config(path)
 
 
+@pytest.mark.parametrize("key", ["context_length", "layer_norm_rms_epsilon", "head_count"])
+def test_absent_settings_are_not_guessed(llama_file: Path, tmp_path: Path, key: str) -> None:
+    # The renamed key falls outside the architecture's own, so nothing else objects to it.
+    blob = llama_file.read_bytes()
+    at = blob.rindex(b"llama.", 0, blob.index(key.encode()))
+    (tmp_path / "m.gguf").write_bytes(blob[:at] + b"other" + blob[at + 5 :])
+    with pytest.raises(UnsupportedError, match=f"under llama.*{key}"):
+        gguf_config(tmp_path / "m.gguf")
+
+
 def test_unknown_architectures_are_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))

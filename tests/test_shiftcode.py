@@ -81,7 +81,9 @@ def test_window_zeroes_below_and_saturates_above() -> None:
     assert round_power_terms(x, 2, low, high).tolist() == [0.0, 0.875, 3.0, 3.0, -3.0, 0.0]
 
 
-def make(rows: int, inputs: int, group: int, planes: int, terms: int, offset: bool, seed: int, spread: float) -> ShiftCodes:
+def make(
+    rows: int, inputs: int, group: int, planes: int, terms: int, offset: bool, seed: int, spread: float
+) -> ShiftCodes:
     generator = torch.Generator().manual_seed(seed)
     groups = math.ceil(inputs / group)
     signs = torch.rand(planes, rows, inputs, generator=generator) > 0.5
@@ -120,7 +122,7 @@ def test_encode_is_idempotent_and_sized_as_promised(**case: int) -> None:
     assert codes.stored_bits == 8 * rows * payload
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(**CASE)
 def test_dequantize_is_the_definition(**case: int) -> None:
     codes = make(**case)  # type: ignore[arg-type]
@@ -145,7 +147,8 @@ def test_rounded_values_in_the_window_survive_bit_for_bit(**case: int) -> None:
     alpha = round_power_terms(raw, terms, torch.tensor(-14), torch.tensor(0))
     z = round_power_terms(z, terms, torch.tensor(-6), torch.tensor(0))
     codes = encode(torch.ones(2, rows, inputs, dtype=torch.bool), alpha, z, group, terms)
-    assert torch.equal(decode_scales(codes), alpha) and torch.equal(decode_offsets(codes), z)
+    offsets = decode_offsets(codes)
+    assert torch.equal(decode_scales(codes), alpha) and offsets is not None and torch.equal(offsets, z)
     assert torch.equal(decode_scales(codes, torch.float32).double(), alpha)
 
 

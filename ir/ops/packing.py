@@ -23,7 +23,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if codes.dtype != torch.uint8:
         raise UsageError("codes to pack must be uint8", why=f"the dtype is {codes.dtype}")
     if bits < 8 and codes.numel() and int(codes.max()) >> bits:
-        raise UsageError("a code does not fit its width", why=f"the largest is {int(codes.max())}, the width {bits} bits")
+        raise UsageError(
+            "a code does not fit its width", why=f"the largest is {int(codes.max())}, the width {bits} bits"
+        )
     n = codes.shape[-1]
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     stream = ((codes.unsqueeze(-1) >> shifts) & 1).flatten(-2)

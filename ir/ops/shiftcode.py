@@ -78,7 +78,7 @@ def group_count(in_features: int, group: int) -> int:
 
 @dataclass(frozen=True)
 class _Table:
-    """All representable mantissas in [1, 2], ascending: value, leading exponent above the value's own, later nibbles."""
+    """All representable mantissas in [1, 2], ascending: value, lead above the value's own exponent, later nibbles."""
 
     values: Tensor
     middles: Tensor
@@ -218,8 +218,10 @@ def encode(signs: Tensor, alpha: Tensor, offset: Tensor | None, group: int, term
 
 def expand_groups(values: Tensor, group: int, in_features: int) -> Tensor:
     """Repeat each entry of the last dim (groups) over its inputs: [..., G] -> [..., in_features]."""
-    return values.repeat_interleave(group, -1)[..., :in_features] if group < in_features else values.expand(
-        *values.shape[:-1], in_features
+    return (
+        values.repeat_interleave(group, -1)[..., :in_features]
+        if group < in_features
+        else values.expand(*values.shape[:-1], in_features)
     )
 
 

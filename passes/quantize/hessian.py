@@ -60,7 +60,9 @@ def prepare(matrix: Tensor, damp: float = 0.01, *, tokens: int = 0, site: str = 
     UnsupportedError if no damping helps.
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not torch.isfinite(matrix).all():
-        raise UsageError("the Hessian must be a finite square matrix", where=site, why="calibration gave NaN or infinity")
+        raise UsageError(
+            "the Hessian must be a finite square matrix", where=site, why="calibration gave NaN or infinity"
+        )
     h = matrix.double()
     h = (h + h.T) / 2
     dead = h.diagonal() <= 0

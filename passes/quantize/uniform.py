@@ -1,4 +1,4 @@
-"""Asymmetric min-max uniform rounding to nearest in groups along the rows, the baseline every method is held against."""
+"""Asymmetric min-max uniform rounding to nearest per row group, the baseline every method is held against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _F16_TINY, _F16_MAX = 2.0**-24, 65504.0
 
 @dataclass(frozen=True)
 class UniformCodes:
-    """w = (code - zero) * scale: codes uint8 [N, K], scales float16 [N, G], zeros uint8 [N, G]; the last group is ragged."""
+    """w = (code - zero) * scale: codes uint8 [N, K], scales float16 [N, G], zeros uint8 [N, G]; the last may be short."""
 
     codes: Tensor
     scales: Tensor

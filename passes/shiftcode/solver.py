@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ir.errors import UsageError
-from ir.ops.shiftcode import ShiftCodes, dequantize, encode, expand_groups, group_count
-from passes.quantize.hessian import PreparedHessian, prepare
+from ir.ops.shiftcode import ShiftCodes, dequantize, encode, group_count
+from passes.quantize.hessian import prepare
 from passes.shiftcode.bcq import (
     Codebook,
     Rounding,
@@ -44,7 +44,7 @@ class ShiftSpec:
     starts: int = 4
     damp: float = 0.01
     polish: int = 2
-    sweeps: int = 1
+    sweeps: int = 2
     ordered: bool = True
     block: int = 64
 
@@ -90,12 +90,12 @@ def solve(weight: Tensor, hessian: Tensor | None, spec: ShiftSpec, *, tokens: in
     prepared = prepare(hessian, spec.damp, tokens=tokens, site=site)
     w = w.masked_fill(prepared.dead, 0.0)
     columns, spans = _processing_order(prepared.matrix.diagonal(), spec)
-    work = PreparedHessian(prepared.dead, prepared.matrix[columns][:, columns], prepared.upper, prepared.damp)
+    w, h, upper = w[:, columns].contiguous(), prepared.matrix[columns][:, columns].contiguous(), prepared.upper
     if spec.ordered:
-        work = prepare(work.matrix, 0.0, tokens=tokens, site=site)
-    state = _column_loop(w[:, columns], work.upper, spans, spec, rounding)
+        upper = prepare(h, 0.0, tokens=tokens, site=site).upper
+    state = _column_loop(w, upper, spans, spec, rounding)
     for _ in range(spec.sweeps):
-        _sweep(w[:, columns], work.matrix, state, spans, spec, rounding)
+        _sweep(w, h, state, spans, spec, rounding)
     back = torch.argsort(columns)
     offset = state.z if spec.offset else None
     return encode(code_planes(state.codes[:, back], spec.bits), state.alpha, offset, spec.group, spec.terms)
@@ -137,16 +137,14 @@ def _solve_free(w: Tensor, spec: ShiftSpec, rounding: Rounding) -> ShiftCodes:
     flat = torch.nn.functional.pad(w, (0, pad)).reshape(rows * groups, width)
     mask = torch.nn.functional.pad(torch.ones_like(w), (0, pad)).reshape(rows * groups, width)
     each = rounding.take(torch.arange(rows, device=w.device).repeat_interleave(groups))
-    fit = fit_bcq(
-        flat, spec.bits, mask, offset=spec.offset, rounding=each, rounds=spec.rounds, starts=spec.starts
-    )
+    fit = fit_bcq(flat, spec.bits, mask, offset=spec.offset, rounding=each, rounds=spec.rounds, starts=spec.starts)
     planes = code_planes(fit.codes.reshape(rows, -1)[:, :inputs], spec.bits)
     offset = fit.z.reshape(rows, groups) if spec.offset else None
     return encode(planes, fit.alpha.reshape(rows, groups, -1), offset, spec.group, spec.terms)
 
 
 def _processing_order(diagonal: Tensor, spec: ShiftSpec) -> tuple[Tensor, list[_Span]]:
-    """Return the columns in processing order and the groups as spans of it: groups by falling mean of H_jj, then columns.
+    """Return the processing order of the columns and the groups as spans of it, both by falling Hessian diagonal.
 
     Groups stay whole, so the order costs nothing in storage.
     """
@@ -200,7 +198,7 @@ def _column_loop(w: Tensor, upper: Tensor, spans: list[_Span], spec: ShiftSpec, 
 
 
 def _code_columns(w: Tensor, upper: Tensor, book: Codebook, block: int) -> tuple[Tensor, Tensor]:
-    """Code the columns of one group in turn, pushing each error into the later ones; returns codes and errors / U_jj."""
+    """Code the columns of one group in turn, pushing its error into the later ones; returns codes, errors / U_jj."""
     # Transposed, so that the column at hand is contiguous.
     w = w.T.contiguous()
     codes = torch.empty(w.shape, dtype=torch.int64, device=w.device)
@@ -233,6 +231,7 @@ def polish_group(
     lowest = quadratic(w - code_levels(alpha, z).gather(1, codes), h)
     for _ in range(rounds):
         z, alpha = solve_rounded(*_full_normal(w, h, codes, alpha.shape[1]), rounding, offset)
+        codes, alpha = _positive(codes, alpha)
         codes = _descend(w, h, alpha, z, codes)
         value = quadratic(w - code_levels(alpha, z).gather(1, codes), h)
         better = value < lowest
@@ -242,6 +241,12 @@ def polish_group(
         if not bool(better.any()):
             break
     return best[0], best[1], best[2]
+
+
+def _positive(codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn negative scales positive by flipping their plane in the row's codes; the weights stay the same."""
+    flips = ((alpha < 0).long() << torch.arange(alpha.shape[1], device=alpha.device)).sum(1, keepdim=True)
+    return codes ^ flips, alpha.abs()
 
 
 def _full_normal(w: Tensor, h: Tensor, codes: Tensor, planes: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,146 @@
+"""Opening a MODEL argument: whatever is on disk becomes a canonical Program with its weights left where they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frontend.cache import traced_program
+from frontend.hf import fingerprint
+from frontend.weights import bind_through_transformers, bind_weights, missing_weights, open_checkpoint
+from frontend.zoo import resolve
+from ir.artifact import MANIFEST_FILE, PROGRAM_FILE, read_program
+from ir.errors import UnsupportedError, UsageError
+from ir.params import Source
+from ir.program import Program
+
+Progress = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    return
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model.
+
+    program: canonical, or as stored for an artifact; path: the file or folder it came from; kind: `hf`, `gguf` or
+    `artifact`; config: the transformers configuration, None for an artifact; fingerprint: sha256 that identifies
+    configuration and weight headers.
+    """
+
+    program: Program
+    path: Path
+    kind: str
+    config: Any
+    fingerprint: str
+
+
+def open_model(model: str, progress: Progress = _silent) -> Model:
+    """Return the model behind a path, hub id or zoo name.
+
+    Raises UsageError for a name that is nothing, UnsupportedError for a damaged or unsupported model, ResourceError
+    when it has to be fetched and cannot be.
+    """
+    place = resolve(model, progress)
+    path = place if isinstance(place, Path) else _from_hub(place, progress)
+    if path.is_dir() and (path / PROGRAM_FILE).is_file():
+        return Model(read_program(path), path, "artifact", None, _artifact_fingerprint(path))
+    if path.is_dir():
+        return _open_folder(path, progress)
+    if path.suffix.lower() == ".gguf":
+        return _open_gguf(path, progress)
+    raise UnsupportedError(
+        "this kind of file is not a model nomul can open",
+        where=str(path),
+        why=f"its name ends in {path.suffix or 'nothing'}",
+        fix="give a Hugging Face directory, a .gguf file or a nomul artifact",
+    )
+
+
+def read_config(folder: Path) -> Any:
+    """Return the transformers configuration of a model directory; raises UnsupportedError when there is none it knows."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnsupportedError(
+            "this directory is not a model", where=str(folder), why="it holds neither config.json nor program.ir"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnsupportedError(
+            "the model's configuration cannot be read",
+            where=str(path),
+            why=str(error).splitlines()[0],
+            fix="nomul runs no code that comes with a model; use an architecture that transformers knows",
+        ) from None
+
+
+def _from_hub(repo: str, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    progress(f"fetching {repo} from the hub")
+    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted))
+    # The hub client raises its own, requests' and OS errors for what is one thing to a user: it did not arrive.
+    except Exception as error:
+        raise UsageError(
+            f"the model {repo} could not be fetched",
+            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="check the name and the network, or give a local path",
+        ) from None
+
+
+def _open_folder(folder: Path, progress: Progress) -> Model:
+    config = read_config(folder)
+    source = open_checkpoint(folder)
+    program = traced_program(config, folder.name, progress)
+    if bind_weights(program, source, _prefixes(config)):
+        progress("the checkpoint's names need transformers' conversion; loading it whole")
+        bind_through_transformers(program, folder, config)
+    return Model(program, folder, "hf", config, _fingerprint(config, source))
+
+
+def _open_gguf(path: Path, progress: Progress) -> Model:
+    from frontend.gguf import GgufSource, gguf_config
+
+    config, source = gguf_config(path), GgufSource(path)
+    program = traced_program(config, path.stem, progress)
+    missing = bind_weights(program, source)
+    if missing:
+        raise missing_weights(path, missing)
+    return Model(program, path, "gguf", config, _fingerprint(config, source))
+
+
+def _prefixes(config: Any) -> tuple[str, ...]:
+    """Return the module prefix that tells a language model from its bare backbone in this architecture."""
+    from transformers import AutoModelForCausalLM
+
+    kinds = AutoModelForCausalLM._model_mapping
+    prefix = getattr(kinds[type(config)], "base_model_prefix", "") if type(config) in kinds else ""
+    return (f"{prefix}.",) if prefix else ()
+
+
+def _fingerprint(config: Any, source: Source) -> str:
+    """Hash what identifies a model without reading its weights: configuration, names, types and a few bytes of each."""
+    digest = hashlib.sha256(fingerprint(config).encode())
+    for name in sorted(source.names()):
+        digest.update(f"{name} {source.type_of(name)} {source.stored_bytes(name)}".encode())
+    smallest = sorted(source.names(), key=lambda n: (source.stored_bytes(n), n))[:8]
+    for name in smallest:
+        digest.update(source.load(name).float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _artifact_fingerprint(folder: Path) -> str:
+    manifest = folder / MANIFEST_FILE
+    text = manifest.read_text(encoding="utf-8") if manifest.is_file() else (folder / PROGRAM_FILE).read_text()
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()

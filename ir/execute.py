@@ -1,0 +1,87 @@
+"""Running a program with one block's weights in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ir.analysis import Layout, layout
+from ir.program import Program, is_call
+from ir.region import region
+from ir.types import TensorType
+
+aten = torch.ops.aten
+
+
+def empty_inputs(program: Program, ids: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Return inputs for a prefill of ids [batch, seq]: an all-ones attention mask and a cache of length 0."""
+    values = {program.inputs[0].name: ids, program.inputs[1].name: torch.ones_like(ids)}
+    for node in program.inputs[2:]:
+        kind = node.meta["type"]
+        assert isinstance(kind, TensorType)
+        sizes = [d if isinstance(d, int) else ids.shape[0] if d == "batch" else 0 for d in kind.dims]
+        values[node.name] = torch.zeros(sizes, dtype=dtype if kind.dtype.is_floating_point else kind.dtype)
+    return values
+
+
+def next_inputs(program: Program, ids: Tensor, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return inputs for the next tokens ids [batch, new] after a run that gave `outputs`: its cache becomes the past."""
+    seen = outputs[1].shape[-2] if len(outputs) > 1 else 0
+    mask = torch.ones(ids.shape[0], seen + ids.shape[1], dtype=ids.dtype)
+    values = {program.inputs[0].name: ids, program.inputs[1].name: mask}
+    return values | {node.name: cache for node, cache in zip(program.inputs[2:], outputs[1:], strict=True)}
+
+
+def run_in_parts(
+    program: Program, inputs: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, plan: Layout | None = None
+) -> tuple[Tensor, ...]:
+    """Return the program's outputs, computed prologue, block by block, epilogue; float weights are cast to `dtype`.
+
+    inputs: by placeholder name; plan: the program's layout when the caller has it already.
+    """
+    plan = plan or layout(program)
+
+    def load(name: str) -> Tensor:
+        tensor = program.params.get(name)
+        return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+
+    values = dict(inputs)
+    last_use = _last_uses(program, plan)
+    for index, nodes in enumerate(_parts(plan)):
+        part = region(program, nodes)
+        outputs = dict.fromkeys([*part.outputs, *(n for n in nodes if n in set(program.outputs))])
+        part = region(program, nodes, outputs)
+        module = part.module({name: load(name) for name in part.params})
+        with torch.no_grad():
+            results = module(*[values[n.name] for n in part.inputs])
+        values.update(zip((n.name for n in part.outputs), results, strict=True))
+        for name in [n for n, last in last_use.items() if last == index and n in values]:
+            del values[name]
+    return tuple(values[node.name] for node in program.outputs)
+
+
+def _parts(plan: Layout) -> list[tuple[fx.Node, ...]]:
+    parts = [plan.prologue, *(block.nodes for block in plan.blocks), plan.epilogue]
+    return [nodes for nodes in parts if nodes]
+
+
+def _last_uses(program: Program, plan: Layout) -> dict[str, int]:
+    """Return value name -> index of the last part that reads it; program outputs are kept."""
+    owner = {node: index for index, nodes in enumerate(_parts(plan)) for node in nodes}
+    kept = set(program.outputs)
+    return {
+        node.name: max((owner[u] for u in node.users if u in owner), default=-1)
+        for node in program.graph.nodes
+        if node.op == "call_function" and node not in kept
+    }
+
+
+def with_positions_in(program: Program, dtype: torch.dtype) -> Program:
+    """Return a clone whose casts from integers to float32 (positions, masks) go to `dtype`, for runs in that dtype."""
+    clone = program.clone()
+    for node in clone.graph.nodes:
+        if is_call(node, aten.to) and torch.float32 in node.args:
+            node.args = tuple(dtype if a is torch.float32 else a for a in node.args)
+    return clone

@@ -1,0 +1,38 @@
+"""Finished blocks on disk, so that an interrupted pass goes on where it stopped and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from ir.artifact import write_safetensors
+from ir.params import SafetensorsSource
+from ir.types import tensor_type
+
+
+def save_block(work: Path | None, index: int, tensors: dict[str, Tensor], facts: dict[str, object]) -> None:
+    """Keep a block's results: tensors by name, and small JSON-able facts; the facts' file marks the block as done."""
+    if work is None:
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    stem = work / f"block-{index:04d}"
+    types = {name: tensor_type(t) for name, t in tensors.items()}
+    write_safetensors(stem.with_suffix(".part"), types, tensors.__getitem__)
+    os.replace(stem.with_suffix(".part"), stem.with_suffix(".safetensors"))
+    stem.with_suffix(".tmp").write_text(json.dumps(facts), encoding="utf-8")
+    os.replace(stem.with_suffix(".tmp"), stem.with_suffix(".json"))
+
+
+def load_block(work: Path | None, index: int) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+    """Return a finished block's tensors and facts, or None when it was not finished."""
+    if work is None:
+        return None
+    stem = work / f"block-{index:04d}"
+    if not stem.with_suffix(".json").is_file():
+        return None
+    source = SafetensorsSource(stem.with_suffix(".safetensors"))
+    facts: dict[str, object] = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    return {name: source.load(name) for name in source.names()}, facts

@@ -1,0 +1,191 @@
+"""Running a pipeline: each pass timed, verified, probed and dumped, and a report that can be reproduced on a crash."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from ir.errors import InvariantError, NomulError, UnsupportedError
+from ir.program import Program
+from ir.text import dump
+from ir.verify import check_finite, verify
+from passes.base import Context, Diagnostic, Log, Pass, SiteReport
+from passes.pipeline import Pipeline, check
+from passes.probe import Probe, check_probe, float_dtype, take_probe
+
+VerifyMode = Literal["off", "each", "full"]
+DumpMode = Literal["none", "before", "after", "each"]
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did: its text, seconds, peak resident bytes, whether it changed anything, the probe's error."""
+
+    text: str
+    seconds: float
+    peak_bytes: int
+    changed: bool
+    probe_error: float | None
+    sites: tuple[SiteReport, ...]
+    diagnostics: tuple[Diagnostic, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How carefully to run: verification, whether exact passes are probed, where dumps and crash reports go."""
+
+    verify: VerifyMode = "each"
+    probe: bool = True
+    dump: DumpMode = "none"
+    folder: Path | None = None
+
+
+@dataclass
+class _Run:
+    """State handed along a pipeline: the last probe is reused while the program has not changed."""
+
+    probe: Probe | None = None
+    probed_version: int = -1
+    reports: list[PassReport] = field(default_factory=list)
+
+
+class PeakMemory:
+    """Samples this process's resident memory in a thread while it is entered; `bytes` is the largest seen."""
+
+    def __init__(self, every: float = 0.02) -> None:
+        self.bytes, self._every, self._stop = 0, every, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, process.memory_info().rss)
+            if self._stop.wait(self._every):
+                return
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def run_pipeline(
+    program: Program,
+    pipeline: Pipeline,
+    ctx: Context,
+    settings: Settings,
+    started: Callable[[Pass], None] = lambda _: None,
+    finished: Callable[[PassReport], None] = lambda _: None,
+) -> tuple[PassReport, ...]:
+    """Run every pass of a scheduled pipeline on the program, in place; return one report a pass.
+
+    The whole pipeline is checked before anything runs. Raises what the passes raise, with a crash folder written when
+    the fault is the compiler's own; InvariantError when a pass breaks its contract, UnsupportedError under
+    `ctx.strict` for a skipped site.
+    """
+    check(pipeline, program.level, program.facts)
+    if settings.verify != "off":
+        verify(program)
+    _dump(program, settings, "before", 0, "before")
+    state = _Run()
+    for index, item in enumerate(pipeline):
+        started(item.pass_)
+        before = dump(program) if settings.folder is not None else ""
+        try:
+            report = _run_one(program, item.pass_, ctx, settings, state, index)
+        except Exception as error:
+            if settings.folder is not None and not _users_fault(error):
+                _write_crash(settings.folder, before, pipeline, index, ctx, error)
+            raise
+        state.reports.append(report)
+        finished(report)
+        _dump(program, settings, "each", index + 1, item.pass_.name)
+    _dump(program, settings, "after", len(state.reports), "after")
+    if settings.verify == "full":
+        check_finite(program)
+    return tuple(state.reports)
+
+
+def _run_one(
+    program: Program, pass_: Pass, ctx: Context, settings: Settings, state: _Run, index: int
+) -> PassReport:
+    log = Log(pass_.name, ctx.log.listener)
+    work = None if ctx.work is None else ctx.work / f"{index:02d}-{pass_.name}"
+    version, writes = program.version, len(program.params.writes)
+    probing = pass_.exact and settings.probe
+    if probing and (state.probe is None or state.probed_version != version):
+        state.probe = take_probe(program, ctx.seed)
+    start = time.perf_counter()
+    with PeakMemory() as peak:
+        pass_.run(program, replace(ctx, log=log, work=work))
+    seconds = time.perf_counter() - start
+    ctx.log.reports.extend(log.reports)
+    ctx.log.diagnostics.extend(log.diagnostics)
+    changed = program.version != version or len(program.params.writes) != writes
+    if changed:
+        program.level = pass_.level[1]
+        program.history = (*program.history, str(_text(pass_)))
+    program.facts = pass_.facts_after(program.facts)
+    if settings.verify != "off":
+        verify(program)
+    error = _probe_after(program, pass_, ctx, state, changed) if probing else None
+    if ctx.strict and log.diagnostics:
+        first = log.diagnostics[0]
+        raise UnsupportedError(
+            f"pass {pass_.name} left {len(log.diagnostics)} sites alone, which --strict forbids",
+            where=first.site,
+            why=first.reason,
+            fix="run without --strict to see all of them in the report",
+        )
+    return PassReport(
+        str(_text(pass_)), seconds, peak.bytes, changed, error, tuple(log.reports), tuple(log.diagnostics)
+    )
+
+
+def _probe_after(program: Program, pass_: Pass, ctx: Context, state: _Run, changed: bool) -> float:
+    if not changed or state.probe is None:
+        return 0.0
+    after = take_probe(program, ctx.seed)
+    error = check_probe(state.probe, after, pass_.name, float_dtype(program))
+    state.probe, state.probed_version = after, program.version
+    return error
+
+
+def _text(pass_: Pass) -> str:
+    from passes.pipeline import Item
+
+    return str(Item(pass_))
+
+
+def _users_fault(error: Exception) -> bool:
+    return isinstance(error, NomulError) and not isinstance(error, InvariantError)
+
+
+def _dump(program: Program, settings: Settings, moment: str, index: int, name: str) -> None:
+    wanted = {"before": ("before",), "after": ("after",), "each": ("before", "each")}.get(settings.dump, ())
+    if settings.folder is not None and moment in wanted:
+        folder = settings.folder / "ir"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index:02d}-{name}.ir").write_text(dump(program), encoding="utf-8")
+
+
+def _write_crash(
+    folder: Path, before: str, pipeline: Pipeline, index: int, ctx: Context, error: Exception
+) -> None:
+    """Write what is needed to see the failure again: the program before the pass, the passes left, and the seed."""
+    crash = folder / "crash"
+    crash.mkdir(parents=True, exist_ok=True)
+    (crash / "before.ir").write_text(before, encoding="utf-8")
+    rest = ",".join(str(item) for item in list(pipeline)[index:])
+    facts = {"passes": rest, "seed": ctx.seed, "error": f"{type(error).__name__}: {error}"}
+    (crash / "reproduce.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")

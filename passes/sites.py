@@ -1,0 +1,132 @@
+"""Putting codes where a float linear was: parameters named after the weight, the coded operator in the linear's place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ir import ops as _ops  # noqa: F401  (registers the nomul operators)
+from ir.analysis import LinearSite, linear_sites, matches
+from ir.edit import Editor
+from ir.errors import UnsupportedError
+from ir.ops.quant import QuantCodes
+from ir.ops.shiftcode import ShiftCodes
+from ir.program import Program
+from passes.base import Context
+
+nomul = torch.ops.nomul
+
+
+def choose_sites(
+    program: Program, nodes: Iterable[fx.Node], skip: Sequence[str], ctx: Context
+) -> list[LinearSite]:
+    """Return the linears among `nodes` to compress; those left alone are recorded with their reason.
+
+    skip: patterns of site names to leave in float.
+    """
+    sites, left = linear_sites(program, nodes)
+    for name, reason in left:
+        ctx.log.skip(name, reason)
+    chosen = []
+    for site in sites:
+        pattern = next((p for p in skip if matches(p, site.name)), None)
+        if pattern is None:
+            chosen.append(site)
+        else:
+            ctx.log.skip(site.name, f"skip={pattern} names it")
+    return chosen
+
+
+def outside_blocks(program: Program, block_nodes: Iterable[fx.Node], ctx: Context) -> None:
+    """Record the linears outside the repeated blocks (a head, a projection of embeddings) as left in float."""
+    inside = set(block_nodes)
+    sites, left = linear_sites(program, (n for n in program.graph.nodes if n not in inside))
+    for site in sites:
+        ctx.log.skip(site.name, "it is outside the repeated blocks, where errors reach the logits undamped")
+    for name, reason in left:
+        ctx.log.skip(name, reason)
+
+
+def check_group(sites: Iterable[LinearSite], group: int, by: str) -> None:
+    """Raise UnsupportedError when `group` does not divide the inputs of every site, naming groups that do."""
+    sites = list(sites)
+    bad = [s for s in sites if s.inputs % group]
+    if bad:
+        common = math.gcd(*(s.inputs for s in sites))
+        fits = [d for d in range(common, 0, -1) if common % d == 0 and d >= min(8, common)]
+        raise UnsupportedError(
+            f"group {group} of pass {by} does not divide the inputs of {len(bad)} of {len(sites)} sites",
+            where=f"{bad[0].name} has {bad[0].inputs} inputs",
+            why="a ragged last group would need padding that kernels have to undo",
+            fix=f"use a group that divides all: {', '.join(map(str, fits[:6]))}",
+        )
+
+
+def weights_of(program: Program, sites: Sequence[LinearSite], by: str) -> Tensor:
+    """Return the weights of sites that share an input, stacked along the rows in float64.
+
+    Raises UnsupportedError naming the parameter when a weight holds NaN or infinity.
+    """
+    stacked = []
+    for site in sites:
+        weight = program.params.get(site.weight)
+        if not torch.isfinite(weight).all():
+            count = int((~torch.isfinite(weight)).sum())
+            raise UnsupportedError(
+                f"pass {by} cannot compress a weight that is not finite",
+                where=site.weight,
+                why=f"{count} of its {weight.numel()} values are NaN or infinite",
+                fix="check the checkpoint; nothing was written",
+            )
+        stacked.append(weight.double())
+    return torch.cat(stacked)
+
+
+def put_shift_codes(program: Program, site: LinearSite, codes: ShiftCodes, by: str) -> fx.Node:
+    """Replace a linear by `nomul.shiftadd_linear` on stored codes; return the new node."""
+    editor, stem = Editor(program, by).before(site.node), _stem(site)
+    parts = [editor.param(f"{stem}.{n}", getattr(codes, n)) for n in ("signs", "scales", "exponents")]
+    offsets = None if codes.offsets is None else editor.param(f"{stem}.offsets", codes.offsets)
+    args = (site.node.args[0], *parts, offsets, site.bias, codes.group, codes.terms)
+    return _replace(editor, site, nomul.shiftadd_linear, args)
+
+
+def put_quant_codes(program: Program, site: LinearSite, codes: QuantCodes, by: str) -> fx.Node:
+    """Replace a linear by `nomul.quant_linear` on stored codes; return the new node."""
+    editor, stem = Editor(program, by).before(site.node), _stem(site)
+    parts = [editor.param(f"{stem}.{n}", getattr(codes, n)) for n in ("codes", "scales")]
+    zeros = None if codes.zeros is None else editor.param(f"{stem}.zeros", codes.zeros)
+    args = (site.node.args[0], *parts, zeros, site.bias, codes.bits, codes.group)
+    return _replace(editor, site, nomul.quant_linear, args)
+
+
+def _stem(site: LinearSite) -> str:
+    """Return the name codes are siblings under; a name that extends the weight's would nest in fx."""
+    return site.weight.rpartition(".")[0] or site.weight.replace(".", "_")
+
+
+def _replace(editor: Editor, site: LinearSite, op: Any, args: tuple[Any, ...]) -> fx.Node:
+    new = editor.call(op, *args, like=site.node)
+    editor.replace(site.node, new, keep_name=True)
+    editor.erase(site.node)
+    editor.sweep()
+    return new
+
+
+def figures(stored_bits: int, rows: int, inputs: int, loss: float) -> dict[str, float]:
+    """Return the figures reported for a compressed site: stored bits a weight, relative output error, SQNR.
+
+    loss: tr(E H E^T) / tr(W H W^T), the energy of the output error relative to the output's.
+    """
+    sqnr = -10 * math.log10(loss) if loss > 0 else float("inf")
+    return {
+        "bits": stored_bits / (rows * inputs),
+        "bytes": stored_bits / 8,
+        "weights": float(rows * inputs),
+        "rel_error": math.sqrt(max(loss, 0.0)),
+        "sqnr_db": sqnr,
+    }

@@ -1,0 +1,167 @@
+"""Calibration block by block: what flows into each block, on the program as it is now and as it was before the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from ir.analysis import Block, Layout, between, layout, token_carriers
+from ir.errors import UnsupportedError, UsageError
+from ir.execute import empty_inputs
+from ir.program import Program
+from ir.region import Region, region
+from passes.base import Context
+
+Callback = Callable[[Tensor], None]
+
+
+@dataclass
+class _Flow:
+    """One stream of activations through a program.
+
+    entry: the value entering the current block, per batch; carried: other token-dependent values of the prologue that
+    blocks read, per batch; ambient: values that depend on shapes only, per batch shape.
+    """
+
+    program: Program
+    plan: Layout
+    entry: list[Tensor]
+    carried: list[dict[str, Tensor]]
+    ambient: dict[torch.Size, dict[str, Tensor]]
+    shapes: list[torch.Size]
+
+    def values(self, batch: int, block: Block) -> Mapping[str, Tensor]:
+        known = {**self.ambient[self.shapes[batch]], **self.carried[batch]}
+        return {**known, block.entry.name: self.entry[batch]}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block of a walk, with the streams standing at its entry.
+
+    block: as in the program the pass works on; `observe` runs it on the compressed stream, `observe_float` its
+    original on the float stream (only when the walk carries that stream).
+    """
+
+    block: Block
+    _compressed: _Flow | None
+    _float: _Flow | None
+    _float_block: Block | None
+
+    def observe(self, wanted: Mapping[fx.Node, Callback]) -> None:
+        """Hand every batch's value of each wanted node of the block, as it is now, to its callback."""
+        if self._compressed is None:
+            raise ValueError("this walk carries no compressed stream")
+        _run(self._compressed, self.block, wanted)
+
+    def observe_float(self, wanted: Mapping[str, Callback]) -> None:
+        """Hand every batch's value of nodes of the original block, by node name, to their callbacks."""
+        if self._float is None or self._float_block is None:
+            raise ValueError("this walk carries no float stream")
+        nodes = {node.name: node for node in (*self._float_block.nodes, self._float_block.entry)}
+        _run(self._float, self._float_block, {nodes[name]: call for name, call in wanted.items()})
+
+
+def walk(
+    program: Program, ctx: Context, stream: Literal["float", "compressed", "both"], label: str
+) -> Iterator[Step]:
+    """Yield the blocks in order; when the caller comes back for the next, the streams have moved on.
+
+    The compressed stream moves by running the block as the caller left it. The float stream runs a copy taken at the
+    start. Raises UsageError without calibration batches, UnsupportedError for a program without blocks.
+    """
+    plan = layout(program)
+    if not plan.blocks:
+        raise UnsupportedError(
+            "no repeated blocks were found",
+            where=program.name,
+            why="the dataflow from tokens to logits has no cut points that repeat",
+            fix="use a pass or option that needs no calibration (calib=none)",
+        )
+    batches = calibration(ctx)
+    compressed = _start(program, plan, batches) if stream != "float" else None
+    original = program.clone() if stream != "compressed" else None
+    original_plan = layout(original) if original is not None else None
+    floating = _start(original, original_plan, batches) if original is not None and original_plan is not None else None
+    step = ctx.log.progress(len(plan.blocks), label)
+    for block in plan.blocks:
+        float_block = original_plan.blocks[block.index] if original_plan is not None else None
+        yield Step(block, compressed, floating, float_block)
+        last = block.index == len(plan.blocks) - 1
+        for flow, owner in ((compressed, block), (floating, float_block)):
+            if flow is not None and owner is not None and not last:
+                _advance(flow, owner)
+        step()
+
+
+def observe(program: Program, ctx: Context, wanted: Mapping[fx.Node, Callback], label: str) -> None:
+    """Run the whole calibration set through the program once and hand wanted nodes' values to their callbacks."""
+    for step in walk(program, ctx, "float", label):
+        inside = {node.name for node in step.block.nodes}
+        step.observe_float({node.name: call for node, call in wanted.items() if node.name in inside})
+
+
+def calibration(ctx: Context) -> Sequence[Tensor]:
+    """Return the calibration batches; raises UsageError when the run has none."""
+    if not ctx.calibration:
+        raise UsageError(
+            "the pipeline needs calibration text",
+            why="none was given",
+            fix="pass --calib FILE or --calib builtin",
+        )
+    return ctx.calibration
+
+
+def _start(program: Program, plan: Layout, batches: Sequence[Tensor]) -> _Flow:
+    """Run the prologue on every batch and keep what the blocks read of it."""
+    carriers = token_carriers(program)
+    inside = {n for block in plan.blocks for n in block.nodes}
+    read = {s for n in inside for s in n.all_input_nodes if s not in inside and s.op == "call_function"}
+    entry = plan.blocks[0].entry
+    outputs = [n for n in plan.prologue if n in read or n is entry]
+    flow = _Flow(program, plan, [], [], {}, [])
+    module, part = None, region(program, plan.prologue, outputs)
+    for ids in batches:
+        module = module or part.module()
+        values = dict(zip((n.name for n in outputs), _call(module, part, empty_inputs(program, ids)), strict=True))
+        flow.entry.append(values.pop(entry.name))
+        flow.carried.append({n.name: values.pop(n.name) for n in outputs if n in carriers and n is not entry})
+        flow.ambient.setdefault(ids.shape, {**empty_inputs(program, ids), **values})
+        flow.shapes.append(ids.shape)
+    return flow
+
+
+def _call(module: nn.Module, part: Region, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    with torch.no_grad():
+        return module(*[values[n.name] for n in part.inputs])  # type: ignore[no-any-return]
+
+
+def _outside(flow: _Flow) -> set[fx.Node]:
+    return set(flow.plan.prologue)
+
+
+def _run(flow: _Flow, block: Block, wanted: Mapping[fx.Node, Callback]) -> None:
+    """Run the block up to the wanted values, batch by batch; the entry itself may be wanted too."""
+    inner = [n for n in wanted if n is not block.entry]
+    nodes = dict.fromkeys(n for w in inner for n in between(flow.program, block.entry, w, _outside(flow)))
+    part = region(flow.program, nodes, inner)
+    module = part.module() if inner else None
+    for batch in range(len(flow.entry)):
+        if block.entry in wanted:
+            wanted[block.entry](flow.entry[batch])
+        if module is not None:
+            for node, value in zip(inner, _call(module, part, flow.values(batch, block)), strict=True):
+                wanted[node](value)
+
+
+def _advance(flow: _Flow, block: Block) -> None:
+    """Replace each batch's entry by the block's exit, computed with the block as it is now."""
+    nodes = between(flow.program, block.entry, block.exit, _outside(flow))
+    part = region(flow.program, nodes, [block.exit])
+    module = part.module()
+    for batch in range(len(flow.entry)):
+        flow.entry[batch] = _call(module, part, flow.values(batch, block))[0]
