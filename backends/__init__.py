@@ -32,7 +32,7 @@ def backend_names() -> tuple[str, ...]:
 
 
 def load_backend(name: str) -> Backend:
-    """Import and return a backend; raises UsageError for an unknown name, UnsupportedError when it cannot be imported."""
+    """Import and return a backend; raises UsageError for an unknown name, UnsupportedError when it cannot be."""
     if name not in _installed():
         near = get_close_matches(name, backend_names(), n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`? " if near else ""

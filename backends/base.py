@@ -118,7 +118,7 @@ class Backend(ABC):
 
     @abstractmethod
     def lower(self, program: Program, folder: Path) -> None:
-        """Write what the runtime needs beside `program.ir` and its weights; raises UnsupportedError as `require` does."""
+        """Write what the runtime needs beside `program.ir` and weights; raises UnsupportedError as `require` does."""
 
     @abstractmethod
     def load(self, folder: Path) -> Runtime:

@@ -1,4 +1,4 @@
-"""What goes into a program by which name: token ids, attention mask and the flat key/value cache, checked and filled in."""
+"""What goes into a program by which name: token ids, attention mask and key/value cache, checked and filled in."""
 
 from __future__ import annotations
 

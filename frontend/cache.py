@@ -28,17 +28,26 @@ def traced_program(config: Any, name: str, progress: Callable[[str], None], fold
 
     folder: the cache (default: the user's). A cache file that cannot be read is traced anew.
     """
-    folder = folder or cache_dir() / "traces"
-    key = hashlib.sha256((frontend.hf.fingerprint(config) + _code_version()).encode()).hexdigest()[:32]
-    stem = folder / key
-    program = _read(stem)
+    program = cached_program(config, name, folder)
     if program is None:
         progress(f"tracing {config.model_type}, once for this configuration")
         program = frontend.hf.trace(config, name)
         frontend.canonical.canonicalise(program)
-        _write(stem, program)
-    program.name = name
+        _write(_stem(config, folder), program)
     return program
+
+
+def cached_program(config: Any, name: str, folder: Path | None = None) -> Program | None:
+    """Return the canonical program of a configuration from the cache, or None when it was not traced yet."""
+    program = _read(_stem(config, folder))
+    if program is not None:
+        program.name = name
+    return program
+
+
+def _stem(config: Any, folder: Path | None) -> Path:
+    key = hashlib.sha256((frontend.hf.fingerprint(config) + _code_version()).encode()).hexdigest()[:32]
+    return (folder or cache_dir() / "traces") / key
 
 
 def _code_version() -> str:

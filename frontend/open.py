@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frontend.cache import traced_program
+from frontend.cache import cached_program, traced_program
 from frontend.hf import fingerprint
 from frontend.weights import bind_through_transformers, bind_weights, missing_weights, open_checkpoint
 from frontend.zoo import resolve
+from ir.analysis import blocks
 from ir.artifact import MANIFEST_FILE, PROGRAM_FILE, read_program
 from ir.errors import UnsupportedError, UsageError
 from ir.params import Source
@@ -55,12 +57,62 @@ def open_model(model: str, progress: Progress = _silent) -> Model:
         return _open_folder(path, progress)
     if path.suffix.lower() == ".gguf":
         return _open_gguf(path, progress)
-    raise UnsupportedError(
-        "this kind of file is not a model nomul can open",
-        where=str(path),
-        why=f"its name ends in {path.suffix or 'nothing'}",
-        fix="give a Hugging Face directory, a .gguf file or a nomul artifact",
-    )
+    raise _not_a_model(path)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A program known from configuration and headers: weights unbound, perhaps with fewer layers than the model.
+
+    layers: how many the model has; remark: how the outline was made.
+    """
+
+    program: Program
+    layers: int
+    remark: str
+
+
+def open_outline(model: str, progress: Progress = _silent) -> Outline:
+    """Return what a model will look like to passes without reading weights or tracing more than two layers.
+
+    Raises what `open_model` raises for names, configurations and headers.
+    """
+    place = resolve(model, progress)
+    path = place if isinstance(place, Path) else _from_hub(place, progress)
+    if path.is_dir() and (path / PROGRAM_FILE).is_file():
+        program = read_program(path)
+        return Outline(program, len(blocks(program)), "from the artifact's own text")
+    config, source, name = _headers(path)
+    program = cached_program(config, name)
+    if program is None:
+        layers = int(config.num_hidden_layers)
+        program = traced_program(short_config(config, min(2, layers)), name, progress)
+        remark = f"from a trace of {min(2, layers)} of {layers} layers"
+    else:
+        layers, remark = len(blocks(program)), "from the traced graph"
+    missing = [n for n in bind_weights(program, source, _prefixes(config)) if n in program.params]
+    suffix = f"; {len(missing)} weights need a conversion on load" if missing else ""
+    return Outline(program, layers, remark + suffix)
+
+
+def short_config(config: Any, layers: int) -> Any:
+    """Return a configuration with fewer layers."""
+    short = copy.deepcopy(config)
+    kinds = getattr(short, "layer_types", None)
+    short.num_hidden_layers = layers
+    if kinds:
+        short.layer_types = kinds[:layers]
+    return short
+
+
+def _headers(path: Path) -> tuple[Any, Source, str]:
+    if path.is_dir():
+        return read_config(path), open_checkpoint(path), path.name
+    if path.suffix.lower() == ".gguf":
+        from frontend.gguf import GgufSource, gguf_config
+
+        return gguf_config(path), GgufSource(path), path.stem
+    raise _not_a_model(path)
 
 
 def read_config(folder: Path) -> Any:
@@ -81,6 +133,15 @@ def read_config(folder: Path) -> Any:
             why=str(error).splitlines()[0],
             fix="nomul runs no code that comes with a model; use an architecture that transformers knows",
         ) from None
+
+
+def _not_a_model(path: Path) -> UnsupportedError:
+    return UnsupportedError(
+        "this kind of file is not a model nomul can open",
+        where=str(path),
+        why=f"its name ends in {path.suffix or 'nothing'}",
+        fix="give a Hugging Face directory, a .gguf file or a nomul artifact",
+    )
 
 
 def _from_hub(repo: str, progress: Progress) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ir.analysis import Layout, layout
 from ir.program import Program, is_call
 from ir.region import region
-from ir.types import TensorType
+from ir.types import ScalarType, TensorType
 
 aten = torch.ops.aten
 
@@ -42,40 +42,63 @@ def run_in_parts(
     inputs: by placeholder name; plan: the program's layout when the caller has it already.
     """
     plan = plan or layout(program)
+    values = dict(inputs)
+    kept = set(program.outputs)
+    _run_parts(program, _parts(plan), values, kept, dtype)
+    return tuple(values[node.name] for node in program.outputs)
+
+
+def logits_by_row(program: Program, ids: Tensor, plan: Layout | None = None) -> Iterator[Tensor]:
+    """Yield the logits [1, seq, vocabulary] of each row of ids [rows, seq]; only one row's logits exist at a time."""
+    plan = plan or layout(program)
+    values: dict[str, Tensor] = empty_inputs(program, ids)
+    head = region(program, plan.epilogue, [program.outputs[0]])
+    _run_parts(program, _parts(plan)[:-1], values, set(head.inputs), torch.float32)
+    module = head.module()
+    for row in range(ids.shape[0]):
+        with torch.no_grad():
+            yield module(*[_row(node, values[node.name], row) for node in head.inputs])[0]
+
+
+def _row(node: fx.Node, value: Tensor, row: int) -> Tensor:
+    kind = node.meta["type"]
+    if isinstance(kind, TensorType) and kind.dims and kind.dims[0] == "batch":
+        return value[row : row + 1]
+    if isinstance(kind, ScalarType) and kind.expr == "batch":
+        return 1  # type: ignore[return-value]
+    return value
+
+
+def _run_parts(
+    program: Program,
+    parts: Sequence[tuple[fx.Node, ...]],
+    values: dict[str, Tensor],
+    kept: set[fx.Node],
+    dtype: torch.dtype,
+) -> None:
+    """Run parts in order on `values`, which grows by what later parts or `kept` need and shrinks by what none does."""
+    owner = {node: index for index, nodes in enumerate(parts) for node in nodes}
+    last_use = {n: max((owner.get(u, len(parts)) for u in n.users), default=-1) for n in owner}
 
     def load(name: str) -> Tensor:
         tensor = program.params.get(name)
         return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
 
-    values = dict(inputs)
-    last_use = _last_uses(program, plan)
-    for index, nodes in enumerate(_parts(plan)):
-        part = region(program, nodes)
-        outputs = dict.fromkeys([*part.outputs, *(n for n in nodes if n in set(program.outputs))])
+    for index, nodes in enumerate(parts):
+        outputs = [n for n in nodes if n in kept or index < last_use[n] <= len(parts) - 1]
         part = region(program, nodes, outputs)
         module = part.module({name: load(name) for name in part.params})
         with torch.no_grad():
             results = module(*[values[n.name] for n in part.inputs])
-        values.update(zip((n.name for n in part.outputs), results, strict=True))
-        for name in [n for n, last in last_use.items() if last == index and n in values]:
-            del values[name]
-    return tuple(values[node.name] for node in program.outputs)
+        values.update(zip((n.name for n in outputs), results, strict=True))
+        for node in owner:
+            if node not in kept and last_use[node] <= index:
+                values.pop(node.name, None)
 
 
 def _parts(plan: Layout) -> list[tuple[fx.Node, ...]]:
     parts = [plan.prologue, *(block.nodes for block in plan.blocks), plan.epilogue]
     return [nodes for nodes in parts if nodes]
-
-
-def _last_uses(program: Program, plan: Layout) -> dict[str, int]:
-    """Return value name -> index of the last part that reads it; program outputs are kept."""
-    owner = {node: index for index, nodes in enumerate(_parts(plan)) for node in nodes}
-    kept = set(program.outputs)
-    return {
-        node.name: max((owner[u] for u in node.users if u in owner), default=-1)
-        for node in program.graph.nodes
-        if node.op == "call_function" and node not in kept
-    }
 
 
 def with_positions_in(program: Program, dtype: torch.dtype) -> Program:

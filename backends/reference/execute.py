@@ -1,4 +1,4 @@
-"""How the reference backend runs compressed linears: by decoded weights, by real shifts, or by the operators as stored."""
+"""How the reference backend runs compressed linears: by decoded weights, by real shifts, or as stored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MULTIPLY, SHIFT, CODES = "multiply", "shift", "codes"
 DEFAULT_MODE = MULTIPLY
 MODES = {
     MULTIPLY: "decode each weight once when loading, then run as fast as float (takes the memory of a float model)",
-    SHIFT: "evaluate shift-add linears by additions and exponent shifts alone (slow: it shows that no multiply is needed)",
+    SHIFT: "evaluate shift-add linears by additions and shifts alone (slow: it shows that no multiply is needed)",
     CODES: "decode each weight anew in every call, as the operators are defined (least memory)",
 }
 # Elements of one intermediate [tokens, rows, groups] of the shift evaluation; 2**22 float64 are 32 MiB.

@@ -14,7 +14,7 @@ _F16_TINY, _F16_MAX = 2.0**-24, 65504.0
 
 @dataclass(frozen=True)
 class UniformCodes:
-    """w = (code - zero) * scale: codes uint8 [N, K], scales float16 [N, G], zeros uint8 [N, G]; the last may be short."""
+    """w = (code - zero) * scale: codes uint8 [N, K], scales float16 [N, G], zeros uint8 [N, G]."""
 
     codes: Tensor
     scales: Tensor

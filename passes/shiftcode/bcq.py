@@ -199,7 +199,8 @@ def fit_bcq(
     w: [R, n]; weight: [n] or [R, n] >= 0, the importance of each column, default 1; rounding: power-of-two rounding of
     the scales inside every round, None keeps real scales; rounds: alternations at most, a row stops when its codes
     repeat; starts: greedy plus uniform codebooks. The best iterate of each row over all starts is returned
-    (ShiftAddLLM, arXiv 2406.05981, Alg. 1 with importance weights, exact solves and keep-best; handbook sections 1.1 and 6.2 item 4).
+    (ShiftAddLLM, arXiv 2406.05981, Alg. 1, with importance weights, exact solves and keep-best: handbook section 6.2
+    item 4).
     """
     w = w.double().contiguous()
     weight = torch.ones_like(w) if weight is None else weight.double().expand_as(w).contiguous()

@@ -87,15 +87,12 @@ def solve(weight: Tensor, hessian: Tensor | None, spec: ShiftSpec, *, tokens: in
     rounding = Rounding(spec.terms, row_window(w, spec.terms))
     if hessian is None:
         return _solve_free(w, spec, rounding)
-    prepared = prepare(hessian, spec.damp, tokens=tokens, site=site)
-    w = w.masked_fill(prepared.dead, 0.0)
-    columns, spans = _processing_order(prepared.matrix.diagonal(), spec)
-    w, h, upper = w[:, columns].contiguous(), prepared.matrix[columns][:, columns].contiguous(), prepared.upper
-    if spec.ordered:
-        upper = prepare(h, 0.0, tokens=tokens, site=site).upper
-    state = _column_loop(w, upper, spans, spec, rounding)
+    columns, spans = _processing_order(hessian.diagonal(), spec)
+    prepared = prepare(hessian[columns][:, columns], spec.damp, tokens=tokens, site=site)
+    w = w[:, columns].masked_fill(prepared.dead, 0.0)
+    state = _column_loop(w, prepared.upper, spans, spec, rounding)
     for _ in range(spec.sweeps):
-        _sweep(w, h, state, spans, spec, rounding)
+        _sweep(w, prepared.matrix, state, spans, spec, rounding)
     back = torch.argsort(columns)
     offset = state.z if spec.offset else None
     return encode(code_planes(state.codes[:, back], spec.bits), state.alpha, offset, spec.group, spec.terms)

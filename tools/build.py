@@ -1,0 +1,303 @@
+"""One compilation from MODEL to artifact, as a function; `tools.compile` is its command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ir.errors import UsageError
+from tools.console import note
+
+if TYPE_CHECKING:
+    from frontend.open import Model
+    from ir.program import Program
+    from passes.base import Event
+    from passes.manager import PassReport
+    from passes.pipeline import Pipeline
+    from tools.calibration import TokenData
+    from tools.estimate import Estimate
+    from tools.gate import Quality
+    from tools.report import Report
+
+DEFAULT_MAX_KL = 3.0
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The options of a compilation, as on the command line."""
+
+    model: str
+    passes: str
+    out: Path
+    target: str = "reference"
+    calib: str = "builtin"
+    samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+    resume: bool = False
+    dump_ir: Literal["none", "before", "after", "each"] = "none"
+    verify: Literal["off", "each", "full"] = "each"
+    strict: bool = False
+    keep_order: bool = False
+    gate: bool = True
+    max_kl: float = DEFAULT_MAX_KL
+
+
+@dataclass
+class _Clock:
+    """Seconds a phase."""
+
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked pipeline in the order it will run, and the lines to print about that."""
+
+    pipeline: Pipeline
+    notes: tuple[str, ...]
+
+
+def plan(options: BuildOptions) -> Plan:
+    """Parse, schedule and look over a pipeline before any model is opened; raises UsageError."""
+    from backends import backend_names
+    from passes.pipeline import parse, schedule
+
+    if options.target not in backend_names():
+        known = ", ".join(backend_names())
+        raise UsageError(f"there is no target {options.target}", fix=f"the targets are {known}")
+    for name, value in (("--samples", options.samples), ("--seqlen", options.seqlen)):
+        if value < (2 if name == "--seqlen" else 1):
+            raise UsageError(f"{name} {value} is too small")
+    if options.out.exists():
+        raise UsageError(
+            "the output directory exists", where=str(options.out), fix="choose another --out, or remove it"
+        )
+    pipeline, notes = schedule(parse(options.passes), options.keep_order)
+    return Plan(pipeline, tuple(notes))
+
+
+def dry_run(options: BuildOptions) -> tuple[Plan, Estimate, str]:
+    """Return the plan, an estimate and a remark on how it was made, reading configuration and headers only."""
+    from frontend.open import open_outline
+    from passes.pipeline import check
+    from tools.estimate import estimate
+
+    planned = plan(options)
+    outline = open_outline(options.model, note)
+    program = outline.program
+    check(planned.pipeline, program.level, program.facts)
+    found = estimate(
+        program, planned.pipeline, options.samples, options.seqlen, options.out, outline.layers
+    )
+    return planned, found, outline.remark
+
+
+def compile_model(options: BuildOptions, listener: Callable[[Event], None] | None = None) -> Report:
+    """Compile a model into an artifact directory and return the report; the directory appears whole or not at all.
+
+    Raises UsageError, UnsupportedError and ResourceError before anything is written, InvariantError for a broken law.
+    A report whose quality gate failed belongs to an artifact that is kept and marked.
+    """
+    from frontend.open import open_model
+    from passes.manager import PeakMemory
+    from passes.pipeline import check
+    from tools.estimate import check_resources, estimate
+
+    clock = _Clock()
+    planned = plan(options)
+    for line in planned.notes:
+        note(line)
+    with PeakMemory() as peak:
+        with clock.phase("open"):
+            model = open_model(options.model, note)
+        check(planned.pipeline, model.program.level, model.program.facts)
+        found = estimate(model.program, planned.pipeline, options.samples, options.seqlen, options.out)
+        check_resources(found, options.out)
+        with clock.phase("text"):
+            data = _data(model, planned.pipeline, options)
+        before = model.program.clone()
+        work = _work_folder(options, model, planned, data)
+        reports = _run(model.program, planned, options, data, work, clock, listener)
+        with clock.phase("judge"):
+            quality = _judge(before, model.program, data, options)
+        return _finish(options, planned, model, reports, quality, data, work, clock, peak)
+
+
+def _data(model: Model, pipeline: Pipeline, options: BuildOptions) -> TokenData | None:
+    """Return calibration and held-out tokens; None when no pass needs data and the model has no tokenizer."""
+    from frontend.tokenizer import load_tokenizer
+    from ir.errors import UnsupportedError
+    from tools.calibration import token_data
+
+    needed = any(pass_.needs() is not None for pass_ in pipeline.passes())
+    try:
+        tokenizer = load_tokenizer(model.path)
+    except UnsupportedError as error:
+        if needed:
+            raise
+        note(f"no tokenizer ({error.why}): the quality of the result is not judged")
+        return None
+    samples = options.samples if needed else 1
+    return token_data(tokenizer, options.calib, samples, options.seqlen, options.seed)
+
+
+def _run(
+    program: Program,
+    planned: Plan,
+    options: BuildOptions,
+    data: TokenData | None,
+    work: Path,
+    clock: _Clock,
+    listener: Callable[[Event], None] | None,
+) -> tuple[PassReport, ...]:
+    from passes.base import Context, Log
+    from passes.manager import Settings, run_pipeline
+
+    log = Log() if listener is None else Log(listener=listener)
+    calibration = None if data is None else data.calibration
+    ctx = Context(options.seed, log, calibration, work, options.strict)
+    settings = Settings(options.verify, options.verify != "off", options.dump_ir, work)
+    reports = run_pipeline(program, planned.pipeline, ctx, settings)
+    for report in reports:
+        clock.phases[report.text] = report.seconds
+    return reports
+
+
+def _judge(before: Program, after: Program, data: TokenData | None, options: BuildOptions) -> Quality | None:
+    from tools.console import progress
+    from tools.gate import judge
+
+    if data is None:
+        return None
+    with progress("judge", len(data.held_out)) as step:
+        return judge(before, after, data.held_out, options.max_kl if options.gate else float("inf"), step)
+
+
+def _work_folder(options: BuildOptions, model: Model, planned: Plan, data: TokenData | None) -> Path:
+    """Return where finished blocks are kept while this compilation runs: beside the output, under a fingerprint.
+
+    Raises UsageError when `--resume` meets the work of another model, pipeline, text, seed or version.
+    """
+    folder = options.out.absolute().parent / f".{options.out.name}.work"
+    mark = folder / "fingerprint"
+    facts = [model.fingerprint, str(planned.pipeline), data.digest if data else "", options.seed, _code_version()]
+    wanted = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    known = mark.read_text(encoding="utf-8") if mark.is_file() else None
+    if options.resume and known not in (None, wanted):
+        raise UsageError(
+            "there is work to resume, but of another compilation",
+            where=str(folder),
+            why="the model, the pipeline, the text, the seed or nomul itself is not the same",
+            fix="give the same command as before, or run without --resume to start over",
+        )
+    if folder.exists() and not (options.resume and known == wanted):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(wanted, encoding="utf-8")
+    return folder
+
+
+def _code_version() -> str:
+    """Return a hash of the modules that decide what bytes come out."""
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for package in ("ir", "passes", "frontend"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _finish(
+    options: BuildOptions,
+    planned: Plan,
+    model: Model,
+    reports: tuple[PassReport, ...],
+    quality: Quality | None,
+    data: TokenData | None,
+    work: Path,
+    clock: _Clock,
+    peak: Any,
+) -> Report:
+    """Write the artifact beside its place, then move it there."""
+    from ir.artifact import write_program
+    from tools.console import progress
+    from tools.report import Report, write_report
+    from tools.sidefiles import copy_side_files
+    from tools.storage import storage
+
+    partial = options.out.absolute().parent / f".{options.out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with clock.phase("write"), progress("write", len(model.program.params)) as step:
+            hashes = write_program(model.program, partial, step=lambda: step(""))
+            notes = tuple(copy_side_files(model, partial))
+        if options.dump_ir != "none":
+            shutil.copytree(work / "ir", partial / "ir")
+        totals = storage(model.program).as_json() | {"artifact_bytes": _size(partial)}
+        settings = _settings(options, data)
+        _write_manifest(partial, options, planned, model, hashes, quality, settings)
+        report = Report(
+            options.model, str(planned.pipeline), str(options.out), clock.phases, peak.bytes, reports, totals, quality,
+            settings, (*planned.notes, *notes),
+        )  # fmt: skip
+        write_report(report, partial)
+        os.replace(partial, options.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    return replace(report)
+
+
+def _settings(options: BuildOptions, data: TokenData | None) -> dict[str, Any]:
+    chosen = {"calib": options.calib, "samples": options.samples, "seqlen": options.seqlen, "seed": options.seed}
+    return {**chosen, "calibration_sha256": None if data is None else data.digest}
+
+
+def _write_manifest(
+    folder: Path,
+    options: BuildOptions,
+    planned: Plan,
+    model: Model,
+    hashes: dict[str, str],
+    quality: Quality | None,
+    settings: dict[str, Any],
+) -> None:
+    """Write manifest.json; everything in it is the same in every run of the same compilation."""
+    import torch
+
+    from ir.artifact import FORMAT, MANIFEST_FILE, file_hash
+
+    files = {p.name: hashes.get(p.name) or file_hash(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    manifest = {
+        "format": FORMAT,
+        "name": model.program.name,
+        "target": options.target,
+        "level": model.program.level,
+        "pipeline": str(planned.pipeline),
+        "history": list(model.program.history),
+        "source": {"kind": model.kind, "fingerprint": model.fingerprint},
+        "versions": {"nomul": "0.1.0", "torch": torch.__version__},
+        "settings": settings,
+        "gate": "not judged" if quality is None else "passed" if quality.passed else "failed",
+        "files": files,
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -1,0 +1,145 @@
+"""Compile a model: run a pipeline of passes on it and write the artifact."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ir.errors import GateError
+from tools.console import note, print_json, size_text, table
+from tools.entry import run
+
+if TYPE_CHECKING:
+    from passes.base import Event
+    from tools.build import BuildOptions
+    from tools.report import Report
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's argument parser."""
+    p = argparse.ArgumentParser("compile", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("model", metavar="MODEL", help="Hugging Face directory or hub id, .gguf file, artifact or zoo name")
+    p.add_argument("--passes", default="", help="pipeline, e.g. 'fold,shiftadd{bits=3 group=64}'; `tools.passes` lists")
+    p.add_argument("--recipe", type=Path, metavar="FILE", help="file with a pipeline, one pass a line")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="artifact directory to make")
+    p.add_argument("--target", default="reference", help="backend to lower to")
+    p.add_argument("--calib", default="builtin", metavar="builtin|FILE", help="text whose activations passes look at")
+    p.add_argument("--samples", type=int, default=128, help="calibration windows")
+    p.add_argument("--seqlen", type=int, default=512, help="tokens a window")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of windows, and of every pass")
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted compilation")
+    p.add_argument("--dry-run", action="store_true", help="say what would be done and what it takes, then stop")
+    p.add_argument("--dump-ir", default="none", choices=["none", "before", "after", "each"], help="keep text dumps")
+    p.add_argument("--verify", default="each", choices=["off", "each", "full"], help="how carefully to check programs")
+    p.add_argument("--strict", action="store_true", help="a site that a pass leaves alone is an error")
+    p.add_argument("--keep-order", action="store_true", help="refuse a pipeline whose order cannot work")
+    p.add_argument("--max-kl", type=float, default=3.0, help="quality gate: largest KL to the input model, in nats")
+    p.add_argument("--no-gate", action="store_true", help="accept any quality")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    args = parser().parse_args(argv)
+    from tools.build import compile_model
+
+    options = _options(args)
+    if args.dry_run:
+        return _show_plan(options, args.json)
+    report = compile_model(options, _listener())
+    if args.json:
+        print_json(report.as_json())
+    else:
+        print(summary(report))
+    if report.quality is not None and not report.quality.passed:
+        raise GateError(
+            "the compiled program failed its quality gate",
+            where=str(options.out),
+            why=f"KL {report.quality.kl:.3g} to the input model, allowed {report.quality.limit:g}",
+            fix="the artifact is kept and marked; use more bits, or --max-kl / --no-gate to accept it",
+        )
+    return 0
+
+
+def _options(args: argparse.Namespace) -> BuildOptions:
+    from ir.errors import UsageError
+    from tools.build import BuildOptions
+
+    if args.recipe is not None and args.passes:
+        raise UsageError("a pipeline comes from --passes or from --recipe, not from both")
+    passes = f"@{args.recipe}" if args.recipe is not None else args.passes
+    return BuildOptions(
+        args.model, passes, args.out, args.target, args.calib, args.samples, args.seqlen, args.seed, args.resume,
+        args.dump_ir, args.verify, args.strict, args.keep_order, not args.no_gate, args.max_kl,
+    )  # fmt: skip
+
+
+def _show_plan(options: BuildOptions, as_json: bool) -> int:
+    from tools.build import dry_run
+
+    planned, found, remark = dry_run(options)
+    for line in planned.notes:
+        note(line)
+    if as_json:
+        print_json({"passes": str(planned.pipeline), **found.as_json(), "remark": remark})
+        return 0
+    rows = [(r.site, r.action, r.figures.get("bits"), size_text(int(r.figures.get("bytes", 0)))) for r in found.rows]
+    if rows:
+        print(table(("site", "pass", "bits", "size"), rows))
+    print(f"passes    {planned.pipeline}")
+    print(f"size      {size_text(found.float_bytes)} in float -> {size_text(found.artifact_bytes)} stored")
+    print(f"memory    about {size_text(found.peak_bytes)} at the peak, {size_text(found.free_memory)} free")
+    print(f"disk      {size_text(found.free_disk)} free")
+    print(f"estimate  {remark}")
+    return 0
+
+
+def _listener() -> Callable[[Event], None]:
+    """Return a listener that shows each pass's progress, one bar or line at a time."""
+    from passes.base import Progress
+    from tools.console import progress
+
+    current: dict[str, Any] = {}
+
+    def listen(event: Event) -> None:
+        if not isinstance(event, Progress):
+            return
+        if event.done == 0:
+            current["bar"] = progress(event.label, event.total)
+            current["step"] = current["bar"].__enter__()
+            return
+        current["step"]("")
+        if event.done == event.total:
+            current["bar"].__exit__(None, None, None)
+
+    return listen
+
+
+def summary(report: Report) -> str:
+    """Return what a person reads at the end of a compilation."""
+    from tools.report import left_alone, pass_table, site_table
+
+    totals, quality = report.totals, report.quality
+    parts = [pass_table(report.reports), site_table(report.reports), left_alone(report.reports), *report.notes]
+    bits = totals["bits_per_weight_compressed"]
+    size = f"size      {size_text(int(totals['artifact_bytes']))}"
+    parts.append(size + (f", {bits:.3f} stored bits per weight in {totals['compressed_linears']} linears" if bits else ""))
+    if quality is not None:
+        parts.append(
+            f"quality   perplexity {quality.before:.2f} -> {quality.after:.2f}, KL {quality.kl:.4f}, top-1 "
+            f"{quality.top1:.1%} on {quality.tokens} held-out tokens (not comparable between texts)"
+        )
+        parts.append(f"gate      {'passed' if quality.passed else 'FAILED'} (KL at most {quality.limit:g})")
+    share = ", ".join(f"{name} {seconds:.0f}s" for name, seconds in report.phases.items() if seconds >= 0.5)
+    parts.append(f"time      {sum(report.phases.values()):.0f}s ({share}), peak memory {size_text(report.peak_bytes)}")
+    parts.append(f"next      python -m tools.generate {report.out} \"The capital of France is\"")
+    parts.append(f"          python -m tools.evaluate {report.out} --against {report.model}")
+    return "\n".join(part for part in parts if part)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

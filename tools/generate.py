@@ -1,0 +1,89 @@
+"""Write on after a prompt: text to stdout as it comes, the speed to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ir.errors import UnsupportedError
+from tools import console
+from tools.entry import run
+
+if TYPE_CHECKING:
+    from backends.base import Runtime
+    from backends.generation import Generation
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of this command's options."""
+    p = argparse.ArgumentParser(prog="nomul generate", description=__doc__)
+    p.add_argument("model", metavar="PATH", help="artifact, Hugging Face directory or hub id, .gguf file or zoo name")
+    p.add_argument("prompt", help="the text to go on from")
+    p.add_argument("-n", "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write at most (64)")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that add up to P")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the draws (default 0)")
+    p.add_argument("--mode", metavar="MODE", help="run compressed linears by multiply (default), shift or codes")
+    p.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    p.add_argument("--json", action="store_true", help="print one JSON object when done")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    options = parser().parse_args(argv)
+    from tools.load import load
+
+    runtime = load(options.model, mode=options.mode, progress=console.note)
+    prompt = chat_prompt(runtime, options.prompt) if options.chat else options.prompt
+    result = runtime.generate(
+        prompt,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        on_text=None if options.json else _stream,
+    )
+    if options.json:
+        console.print_json({**asdict(result), "tokens_per_second": result.tokens_per_second})
+    else:
+        print()
+    console.note(_speed(result))
+    return 0
+
+
+def chat_prompt(runtime: Runtime, message: str) -> list[int]:
+    """Return the token ids of a user's message in the chat template; raises UnsupportedError when there is none."""
+    tokenizer = runtime.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedError(
+            "the model has no chat template",
+            where=runtime.program.name,
+            why="its tokenizer brings none, so it was hardly trained on dialogues",
+            fix="leave --chat out",
+        )
+    turns = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    # The template writes the special tokens itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _stream(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _speed(result: Generation) -> str:
+    prompt, new = len(result.prompt_ids), len(result.ids)
+    speed = f"{result.tokens_per_second:.1f} tokens/s" if result.decode_seconds else "-"
+    ended = "end of text" if result.stopped == "end" else "length limit"
+    return f"{prompt} tokens read in {result.prefill_seconds:.2f} s, {new} written at {speed}, stopped at {ended}"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,145 @@
+"""How many bits a program's weights take where they are stored, site by site, read off headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import ir.ops  # noqa: F401 - registers the nomul operators
+from ir.analysis import linear_sites, site_name
+from ir.overloads import bound_args
+from ir.program import Program, is_call, tensor_type_of
+from ir.text import op_name
+
+_DENSE = (torch.ops.nomul.grouped_linear,)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear: its operator, shape [rows, inputs], and what is stored for its weight (its bias excluded).
+
+    bits: width of a code, or None; planes, group: of shift-add and grouped codes, or None; stored_bytes: all tensors.
+    """
+
+    name: str
+    op: str
+    rows: int
+    inputs: int
+    bits: int | None
+    planes: int | None
+    group: int | None
+    stored_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that the site stands for."""
+        return self.rows * self.inputs
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight: codes, scales, offsets and padding."""
+        return 8 * self.stored_bytes / self.weights
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the weight is stored as codes."""
+        return self.op.startswith("nomul.")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A program's stored weights: its linears (tied heads and embeddings excluded), all bytes and all weights."""
+
+    sites: tuple[Site, ...]
+    total_bytes: int
+    total_weights: int
+
+    @property
+    def compressed_bits(self) -> float | None:
+        """Stored bits per weight of the compressed linears, None when there are none."""
+        return _bits([s for s in self.sites if s.compressed])
+
+    @property
+    def linear_bits(self) -> float | None:
+        """Stored bits per weight of all linears that own their weight, those left alone included."""
+        return _bits(self.sites)
+
+    @property
+    def model_bits(self) -> float:
+        """Stored bits per weight of the whole model, embeddings, norms and constants included."""
+        return 8 * self.total_bytes / max(1, self.total_weights)
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """Return the totals by name."""
+        return {
+            "linears": len(self.sites),
+            "compressed_linears": sum(s.compressed for s in self.sites),
+            "bits_per_weight_compressed": self.compressed_bits,
+            "bits_per_weight_linears": self.linear_bits,
+            "bits_per_weight_model": self.model_bits,
+            "stored_bytes": self.total_bytes,
+            "weights": self.total_weights,
+        }
+
+
+def storage(program: Program) -> Storage:
+    """Return what a program's weights take in their files: for a checkpoint the bytes of its own format."""
+    compressed = {node: _code_params(node) for node in program.graph.nodes if _is_compressed(node)}
+    floats = {site.node: site for site in linear_sites(program, program.graph.nodes)[0]}
+    sites = []
+    for node in program.graph.nodes:
+        if node in compressed:
+            sites.append(_compressed_site(program, node, compressed[node]))
+        elif node in floats:
+            site = floats[node]
+            size = _stored_bytes(program, [site.weight])
+            sites.append(Site(site.name, op_name(node.target), site.rows, site.inputs, None, None, None, size))
+    coded = {name for names in compressed.values() for name in names}
+    plain = [name for name in program.params if name not in coded]
+    dense = sum(math.prod(int(d) for d in program.params.type_of(name).dims) for name in plain)
+    weights = dense + sum(s.weights for s in sites if s.compressed)
+    return Storage(tuple(sites), _stored_bytes(program, program.params), weights)
+
+
+def _is_compressed(node: fx.Node) -> bool:
+    target = node.target
+    is_linear = isinstance(target, torch._ops.OpOverload) and op_name(target).endswith("_linear")
+    return is_linear and target.namespace == "nomul" and not is_call(node, *_DENSE)  # type: ignore[union-attr]
+
+
+def _compressed_site(program: Program, node: fx.Node, names: list[str]) -> Site:
+    values = _arguments(node)
+    rows, inputs = (int(tensor_type_of(n).dims[-1]) for n in (node, values["x"]))
+    planes = tensor_type_of(values["signs"]).dims[0] if "signs" in values else None
+    figures = {key: values[key] if isinstance(values.get(key), int) else None for key in ("bits", "group")}
+    size = _stored_bytes(program, names)
+    plane_count = None if planes is None else int(planes)
+    return Site(
+        site_name(node), op_name(node.target), rows, inputs, figures["bits"], plane_count, figures["group"], size
+    )
+
+
+def _code_params(node: fx.Node) -> list[str]:
+    found = (v for k, v in _arguments(node).items() if k != "bias" and isinstance(v, fx.Node) and v.op == "get_attr")
+    return [str(v.target) for v in found]
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    target: Any = node.target
+    values = bound_args(target, node.args, node.kwargs) or ()
+    return {a.name: v for a, v in zip(target._schema.arguments, values, strict=True)}
+
+
+def _stored_bytes(program: Program, names: Iterable[str]) -> int:
+    entries = [program.params.entry(name) for name in names]
+    return sum(entry.source.stored_bytes(entry.key) for entry in entries)
+
+
+def _bits(sites: Iterable[Site]) -> float | None:
+    chosen = list(sites)
+    return 8 * sum(s.stored_bytes for s in chosen) / sum(s.weights for s in chosen) if chosen else None
