@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 from ir.errors import GateError, InvariantError, NomulError, ResourceError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from backends import backend_names, load_backend
     from backends.base import Backend, Runtime
     from frontend.open import Model, open_model
@@ -17,9 +20,10 @@ if TYPE_CHECKING:
     from ir.text import dump
     from ir.verify import verify
     from passes import load_pass, pass_names
-    from passes.base import Calib, Context, Pass, Stage
+    from passes.base import Calib, Context, Event, Pass, Stage
     from passes.pipeline import Pipeline, parse
     from tools.load import load
+    from tools.report import Report
 
 _PLACES = {
     "Backend": "backends.base",
@@ -29,6 +33,7 @@ _PLACES = {
     "No": "ir.rewrite",
     "Pass": "passes.base",
     "Pipeline": "passes.pipeline",
+    "Report": "tools.report",
     "Program": "ir.program",
     "Rules": "ir.rewrite",
     "Runtime": "backends.base",
@@ -58,6 +63,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "Program",
+    "Report",
     "ResourceError",
     "Rules",
     "Runtime",
@@ -79,11 +85,23 @@ __all__ = [
 ]
 
 
-def compile(*args: Any, **kwargs: Any) -> Any:
-    """Compile a model into an artifact; arguments, result and errors are those of `tools.compile.compile_model`."""
-    from tools.compile import compile_model
+def compile(
+    model: str | Path,
+    passes: str,
+    out: str | Path,
+    listener: Callable[[Event], None] | None = None,
+    **options: Any,
+) -> Report:
+    """Compile a model into the artifact directory `out` and return the report.
 
-    return compile_model(*args, **kwargs)
+    passes: a pipeline such as `fold,shiftadd{bits=3}`; listener: is called with what passes report as they run;
+    options: further fields of `tools.build.BuildOptions`. Errors are those of `tools.build.compile_model`.
+    """
+    from pathlib import Path
+
+    from tools.build import BuildOptions, compile_model
+
+    return compile_model(BuildOptions(str(model), passes, Path(out), **options), listener)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,8 @@ import psutil
 from ir.errors import InvariantError, NomulError, UnsupportedError
 from ir.program import Program
 from ir.text import dump
-from ir.verify import check_finite, verify
-from passes.base import Context, Diagnostic, Log, Pass, SiteReport
+from ir.verify import verify
+from passes.base import Context, Diagnostic, Event, Log, Pass, SiteReport
 from passes.pipeline import Pipeline, check
 from passes.probe import Probe, check_probe, float_dtype, take_probe
 
@@ -95,7 +96,7 @@ def run_pipeline(
     """
     check(pipeline, program.level, program.facts)
     if settings.verify != "off":
-        verify(program)
+        verify(program, full=settings.verify == "full")
     _dump(program, settings, "before", 0, "before")
     state = _Run()
     for index, item in enumerate(pipeline):
@@ -104,22 +105,22 @@ def run_pipeline(
         try:
             report = _run_one(program, item.pass_, ctx, settings, state, index)
         except Exception as error:
-            if settings.folder is not None and not _users_fault(error):
-                _write_crash(settings.folder, before, pipeline, index, ctx, error)
+            if settings.folder is not None and not _outside_fault(error):
+                # What went wrong must be heard even where the folder cannot be written.
+                with suppress(OSError):
+                    _write_crash(settings.folder, before, pipeline, index, ctx, error)
             raise
         state.reports.append(report)
         finished(report)
         _dump(program, settings, "each", index + 1, item.pass_.name)
     _dump(program, settings, "after", len(state.reports), "after")
-    if settings.verify == "full":
-        check_finite(program)
     return tuple(state.reports)
 
 
 def _run_one(
     program: Program, pass_: Pass, ctx: Context, settings: Settings, state: _Run, index: int
 ) -> PassReport:
-    log = Log(pass_.name, ctx.log.listener)
+    log = Log(pass_.name, _strict_listener(ctx) if ctx.strict else ctx.log.listener)
     work = None if ctx.work is None else ctx.work / f"{index:02d}-{pass_.name}"
     version, writes = program.version, len(program.params.writes)
     probing = pass_.exact and settings.probe
@@ -137,26 +138,48 @@ def _run_one(
         program.history = (*program.history, str(_text(pass_)))
     program.facts = pass_.facts_after(program.facts)
     if settings.verify != "off":
-        verify(program)
-    error = _probe_after(program, pass_, ctx, state, changed) if probing else None
-    if ctx.strict and log.diagnostics:
-        first = log.diagnostics[0]
-        raise UnsupportedError(
-            f"pass {pass_.name} left {len(log.diagnostics)} sites alone, which --strict forbids",
-            where=first.site,
-            why=first.reason,
-            fix="run without --strict to see all of them in the report",
-        )
+        _verify_after(program, pass_, full=settings.verify == "full")
+    written = [name for _, name in program.params.writes[writes:]]
+    error = _probe_after(program, pass_, ctx, state, changed, written) if probing else None
     return PassReport(
         str(_text(pass_)), seconds, peak.bytes, changed, error, tuple(log.reports), tuple(log.diagnostics)
     )
 
 
-def _probe_after(program: Program, pass_: Pass, ctx: Context, state: _Run, changed: bool) -> float:
+def _strict_listener(ctx: Context) -> Callable[[Event], None]:
+    """Return a listener that ends the run at the first site left alone: not after hours of work on the others."""
+
+    def listen(event: Event) -> None:
+        ctx.log.listener(event)
+        if isinstance(event, Diagnostic):
+            raise UnsupportedError(
+                f"pass {event.by} leaves a site alone, which --strict forbids",
+                where=event.site,
+                why=event.reason,
+                fix="run without --strict to see all such sites in the report",
+            )
+
+    return listen
+
+
+def _verify_after(program: Program, pass_: Pass, full: bool) -> None:
+    try:
+        verify(program, full)
+    except InvariantError as error:
+        raise InvariantError(
+            f"after pass {pass_.name}, {error.what}",
+            fix="this is a bug in the pass; run without it, and report the crash folder",
+        ) from error
+
+
+def _probe_after(
+    program: Program, pass_: Pass, ctx: Context, state: _Run, changed: bool, written: list[str]
+) -> float:
+    """Compare with the probe before the pass; what it did not write it cannot have rounded."""
     if not changed or state.probe is None:
         return 0.0
     after = take_probe(program, ctx.seed)
-    error = check_probe(state.probe, after, pass_.name, float_dtype(program))
+    error = check_probe(state.probe, after, pass_.name, float_dtype(program, written))
     state.probe, state.probed_version = after, program.version
     return error
 
@@ -167,8 +190,11 @@ def _text(pass_: Pass) -> str:
     return str(Item(pass_))
 
 
-def _users_fault(error: Exception) -> bool:
-    return isinstance(error, NomulError) and not isinstance(error, InvariantError)
+def _outside_fault(error: Exception) -> bool:
+    """Return whether the input, the options or the machine is to blame, and no reproducer would help."""
+    if isinstance(error, InvariantError):
+        return False
+    return isinstance(error, (NomulError, OSError, MemoryError))
 
 
 def _dump(program: Program, settings: Settings, moment: str, index: int, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ def relative_error(before: Tensor, after: Tensor) -> float:
 def check_probe(before: Probe, after: Probe, by: str, dtype: torch.dtype) -> float:
     """Return the larger relative error of prefill and continuation; raise InvariantError above what `dtype` explains.
 
-    dtype: the widest float the program's weights are stored in.
+    dtype: the narrowest float that the pass rounded to.
     """
     error = max(relative_error(before.prefill, after.prefill), relative_error(before.decode, after.decode))
     limit = _TOLERANCE.get(dtype, 2e-2)
@@ -58,8 +59,8 @@ def check_probe(before: Probe, after: Probe, by: str, dtype: torch.dtype) -> flo
     return error
 
 
-def float_dtype(program: Program) -> torch.dtype:
-    """Return the narrowest float dtype among a program's parameters; float64 when it has none."""
-    kinds = {program.params.type_of(n).dtype for n in program.params}
+def float_dtype(program: Program, names: Iterable[str]) -> torch.dtype:
+    """Return the narrowest float dtype among parameters, those gone since excepted; float64 when there is none."""
+    kinds = {program.params.type_of(n).dtype for n in names if n in program.params}
     floats = [k for k in kinds if k.is_floating_point]
     return min(floats, key=lambda k: k.itemsize, default=torch.float64)

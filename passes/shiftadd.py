@@ -14,6 +14,7 @@ from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.checkpoint import load_block, save_block
 from passes.quantize.hessian import Gram, empty_gram, update
+from passes.quantize.threads import in_threads
 from passes.shiftcode.solver import ShiftSpec, relative_loss, solve
 from passes.sites import check_group, choose_sites, figures, outside_blocks, put_shift_codes, weights_of
 from passes.stream import Step, walk
@@ -72,16 +73,16 @@ class ShiftAdd(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Compress block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""
         nodes = _block_nodes(program)
-        check_group(choose_sites(program, nodes, self.skip, Context()), self.group, self.name)
+        check_group(choose_sites(program, nodes, self.skip, ctx), self.group, self.name)
         outside_blocks(program, nodes, ctx)
         if self.calib == "none":
             step = ctx.log.progress(len(blocks(program)), self.name)
             for block in blocks(program):
-                self._finish(program, ctx, block.index, self._solve_free(program, block, ctx))
+                self._finish(program, ctx, block.index, self._solve_free(program, block))
                 step()
             return
         for walked in walk(program, ctx, "compressed", self.name):
-            sites = choose_sites(program, walked.block.nodes, self.skip, ctx)
+            sites = choose_sites(program, walked.block.nodes, self.skip, Context())
             done = _restore(program, sites, ctx, walked.block.index)
             if not done:
                 solved = self._solve(program, walked, sites)
@@ -92,13 +93,13 @@ class ShiftAdd(Pass):
         groups = sibling_sites(sites)
         grams = [empty_gram(group[0].inputs) for group in groups]
         walked.observe({g[0].node.args[0]: _adder(m) for g, m in zip(groups, grams, strict=True)})  # type: ignore[misc]
-        solved: _Solved = []
-        for group, gram in zip(groups, grams, strict=True):
-            solved += self._fit(program, group, gram.matrix, gram.tokens)
-        return solved
+        # The costliest first, so that the last thread to finish is not left alone with the largest piece.
+        pieces = sorted(zip(groups, grams, strict=True), key=lambda p: -sum(s.rows for s in p[0]) * p[0][0].inputs)
+        found = in_threads(lambda p: self._fit(program, p[0], p[1].matrix, p[1].tokens), pieces)
+        return [row for solved in found for row in solved]
 
-    def _solve_free(self, program: Program, block: Block, ctx: Context) -> _Solved:
-        groups = sibling_sites(choose_sites(program, block.nodes, self.skip, ctx))
+    def _solve_free(self, program: Program, block: Block) -> _Solved:
+        groups = sibling_sites(choose_sites(program, block.nodes, self.skip, Context()))
         return [row for group in groups for row in self._fit(program, group, None, 0)]
 
     def _fit(self, program: Program, group: list[LinearSite], hessian: Tensor | None, tokens: int) -> _Solved:

@@ -23,8 +23,8 @@ Callback = Callable[[Tensor], None]
 class _Flow:
     """One stream of activations through a program.
 
-    entry: the value entering the current block, per batch; carried: other token-dependent values of the prologue that
-    blocks read, per batch; ambient: values that depend on shapes only, per batch shape.
+    entry: the value entering the current block, per batch; carried: the token ids and other token-dependent values of
+    the prologue that blocks read, per batch; ambient: values that depend on shapes only, per batch shape.
     """
 
     program: Program
@@ -129,7 +129,8 @@ def _start(program: Program, plan: Layout, batches: Sequence[Tensor]) -> _Flow:
         module = module or part.module()
         values = dict(zip((n.name for n in outputs), _call(module, part, empty_inputs(program, ids)), strict=True))
         flow.entry.append(values.pop(entry.name))
-        flow.carried.append({n.name: values.pop(n.name) for n in outputs if n in carriers and n is not entry})
+        own = {n.name: values.pop(n.name) for n in outputs if n in carriers and n is not entry}
+        flow.carried.append({program.inputs[0].name: ids, **own})
         flow.ambient.setdefault(ids.shape, {**empty_inputs(program, ids), **values})
         flow.shapes.append(ids.shape)
     return flow

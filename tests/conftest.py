@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ir.program import Program
+from tests.hf_folder import write_folder
+
 SEED = 20240601
 
 # Derandomised, so that a run in CI says the same twice; HYPOTHESIS_PROFILE=explore looks for new examples.
@@ -19,6 +22,11 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the switch that rewrites the texts under tests/golden."""
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew instead of comparing")
 
 
 @pytest.hookimpl(trylast=True)
@@ -35,6 +43,34 @@ def _seeded() -> None:
     # Libraries under test draw from the legacy generator.
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory that all tests of a session share, so that a configuration is traced once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def own_cache(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a test, and the processes it starts, away from the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama as a Hugging Face directory; not to be written into."""
+    return write_folder(tmp_path_factory.mktemp("hf") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_hf: Path, cache_home: Path) -> Program:
+    """The same, opened; to be cloned before a change."""
+    from frontend.open import open_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache_home))
+        return open_model(str(tiny_hf)).program
 
 
 @pytest.fixture(scope="session")

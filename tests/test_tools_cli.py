@@ -14,6 +14,7 @@ import pytest
 import nomul
 from tests.tiny_model import compressed_tiny, write_artifact
 from tools import console
+from tools.build import BuildOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("evaluate", "generate", "inspect", "diff", "passes")
@@ -39,15 +40,15 @@ def test_help_is_quick_and_imports_no_torch(command: str) -> None:
 def test_commands_run_as_modules_with_plain_output(tmp_path: Path) -> None:
     folder = str(write_artifact(tmp_path / "a", compressed_tiny()))
     command = [sys.executable, "-m", "tools.evaluate", folder, "--ctx", "8", "--windows", "2", "--json"]
-    for extra in ({}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}):
-        env = {**os.environ, **extra}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
-        assert "\x1b" not in done.stdout + done.stderr
-        assert json.loads(done.stdout)["windows"] == 2 and "windows 2/2" in done.stderr
+    env = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    assert "\x1b" not in done.stdout + done.stderr
+    assert json.loads(done.stdout)["windows"] == 2 and "windows 2/2" in done.stderr
 
 
 def test_missing_arguments_are_wrong_usage() -> None:
-    done = subprocess.run([sys.executable, "-m", "tools.evaluate"], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "tools.evaluate"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2 and "usage:" in done.stderr and not done.stdout
 
 
@@ -81,6 +82,13 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
         step("")
         step("done")
     assert capsys.readouterr().err == "steps 2/2  done  eta 0s\n"
+
+
+def test_the_facade_compiles_with_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr("tools.build.compile_model", lambda *arguments: seen.append(arguments))
+    nomul.compile("model", "canon", "out", print, samples=3)
+    assert seen == [(BuildOptions("model", "canon", Path("out"), samples=3), print)]
 
 
 def test_the_facade_is_quick_and_complete() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.console import _finite as finite
 from tools.console import duration_text, size_text, table
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def left_alone(reports: Sequence[PassReport], limit: int = 6) -> str:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json and report.html into an artifact folder."""
-    text = json.dumps(report.as_json(), indent=1, allow_nan=True)
+    # An error of zero has infinite SQNR, which JSON cannot say.
+    text = json.dumps(finite(report.as_json()), indent=1, allow_nan=False)
     (folder / "report.json").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(_page(report), encoding="utf-8")
 

@@ -12,6 +12,7 @@ from ir.program import TYPE, Program
 from ir.types import TensorType
 from passes.equiv.constants import constant_value
 from passes.equiv.groups import EquivGroup, Slot
+from passes.equiv.producers import bias_of, gain_of
 from passes.equiv.transfer import expand, fold_cols, fold_norm, fold_rows
 
 
@@ -54,11 +55,10 @@ def apply(program: Program, factors: Factors, by: str) -> int:
 
 
 def _scale_linear(editor: Editor, node: fx.Node, rows: Tensor | None, cols: Tensor | None) -> None:
-    weight = node.args[1]
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    weight, bias = node.args[1], bias_of(node)
     assert isinstance(weight, fx.Node)
     editor.param(str(weight.target), _scaled_weight(editor.program.value(weight), rows, cols))
-    if rows is not None and isinstance(bias, fx.Node):
+    if rows is not None and bias is not None:
         tensor = editor.program.value(bias)
         _write(editor, node, bias, (tensor.double() / rows).to(tensor.dtype))
 
@@ -77,7 +77,7 @@ def _scaled_weight(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> 
 
 def norm_operands(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None]:
     """Return a norm's gain (ones where it has none) and offset in float64."""
-    gain, beta = _operand(node, 2, "weight"), _operand(node, 3, "bias")
+    gain, beta = gain_of(node), bias_of(node)
     shape = [int(d) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
     value = torch.ones(shape, dtype=torch.float64) if gain is None else constant_value(program, gain)
     return value, None if beta is None else constant_value(program, beta)
@@ -87,13 +87,13 @@ def _scale_norm(editor: Editor, node: fx.Node, s: Tensor) -> None:
     gain, beta = norm_operands(editor.program, node)
     new_gain, new_beta = fold_norm(gain, beta, s.view(gain.shape))
     if beta is not None and new_beta is not None:
-        operand = _operand(node, 3, "bias")
+        operand = bias_of(node)
         assert operand is not None
         _write(editor, node, operand, new_beta.to(_dtype(operand)))
     if bool((new_gain == 1).all()):
         drop_gain(editor, node)
         return
-    operand = _operand(node, 2, "weight")
+    operand = gain_of(node)
     if operand is not None:
         _write(editor, node, operand, new_gain.to(_dtype(operand)))
         return
@@ -121,11 +121,6 @@ def _write(editor: Editor, reader: fx.Node, operand: fx.Node, tensor: Tensor) ->
     stem = str(operand.target) if own else f"{reader.meta.get('path') or reader.name}.gain"
     new = editor.param(editor.fresh(stem), tensor)
     reader.replace_input_with(operand, new)
-
-
-def _operand(node: fx.Node, place: int, name: str) -> fx.Node | None:
-    value = node.args[place] if len(node.args) > place else node.kwargs.get(name)
-    return value if isinstance(value, fx.Node) else None
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

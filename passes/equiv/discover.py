@@ -15,7 +15,7 @@ from ir.program import TYPE, Program, is_call
 from ir.types import TensorType
 from passes.equiv.constants import is_constant
 from passes.equiv.groups import Absence, Axis, Discovery, EquivGroup, Kind, Slot, TieMap
-from passes.equiv.producers import Seeding, ancestry, channels_of, gain_of, seeding
+from passes.equiv.producers import Seeding, ancestry, bias_of, channels_of, gain_of, seeding
 from passes.equiv.rules import ACTIVATIONS, CASTS, LINEARS, MOVES, NORMS
 from passes.equiv.walk import UNSCALED, Blocked, Walk, classes
 
@@ -135,8 +135,8 @@ class _Search:
             gain = gain_of(node)
             if gain is not None and not is_constant(gain):
                 raise Blocked(f"the gain of {node.name} depends on the input")
-            return self._slots(node, "gain", _name(gain), _name(_operand(node, 3, "bias")), labels, powers, free)
-        weight, bias = node.args[1], _operand(node, 2, "bias") if is_call(node, aten.linear) else None
+            return self._slots(node, "gain", _name(gain), _name(bias_of(node)), labels, powers, free)
+        weight, bias = node.args[1], bias_of(node)
         if bias is not None and bias.op != "get_attr":
             raise Blocked(f"the bias of {node.name} is computed")
         self._check_own(node, weight)
@@ -165,11 +165,6 @@ class _Search:
         others = [reader.name for reader in self.readers[str(weight.target)] if reader is not node]
         if others:
             raise Blocked(f"the weight @{weight.target} of {node.name} is tied: {', '.join(others)} reads it too")
-
-
-def _operand(node: fx.Node, place: int, name: str) -> fx.Node | None:
-    value = node.args[place] if len(node.args) > place else node.kwargs.get(name)
-    return value if isinstance(value, fx.Node) else None
 
 
 def _name(node: object) -> str:

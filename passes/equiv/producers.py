@@ -86,8 +86,19 @@ def ancestry(value: fx.Node) -> tuple[list[fx.Node], frozenset[fx.Node]]:
 
 def gain_of(norm: fx.Node) -> fx.Node | None:
     """Return the gain operand of a norm call."""
-    gain: Any = norm.args[2] if len(norm.args) > 2 else norm.kwargs.get("weight")
-    return gain if isinstance(gain, fx.Node) else None
+    return _operand(norm, 2, "weight")
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """Return the bias of a linear or the offset of a layer norm; other calls have none."""
+    if is_call(node, aten.linear):
+        return _operand(node, 2, "bias")
+    return _operand(node, 3, "bias") if is_call(node, aten.layer_norm) else None
+
+
+def _operand(node: fx.Node, place: int, name: str) -> fx.Node | None:
+    value: Any = node.args[place] if len(node.args) > place else node.kwargs.get(name)
+    return value if isinstance(value, fx.Node) else None
 
 
 def _rows_of(program: Program, value: fx.Node) -> dict[fx.Node, Tensor]:
