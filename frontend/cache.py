@@ -13,27 +13,48 @@ import frontend.canonical
 import frontend.exported
 import frontend.hf
 import frontend.raising
+import ir.edit
+import ir.pattern
+import ir.rewrite
+import ir.simplify
 from frontend.exported import Untraced
 from frontend.raising import TransposedSource
 from frontend.zoo import cache_dir
-from ir.artifact import write_safetensors
+from ir.artifact import file_hash, write_safetensors
+from ir.errors import NomulError
 from ir.params import Entry, SafetensorsSource
 from ir.parse import parse
 from ir.program import Program
 from ir.text import dump
 
+_CHECK = "# sha256 of the constants and of the text below: "
+_SHAPERS = (
+    frontend.hf,
+    frontend.exported,
+    frontend.canonical,
+    frontend.raising,
+    ir.edit,
+    ir.pattern,
+    ir.rewrite,
+    ir.simplify,
+)
+
 
 def traced_program(config: Any, name: str, progress: Callable[[str], None], folder: Path | None = None) -> Program:
     """Return the canonical program of a configuration, its weights unbound; traced once, then read from the cache.
 
-    folder: the cache (default: the user's). A cache file that cannot be read is traced anew.
+    folder: the cache (default: the user's). A damaged cache file is traced anew; a folder that cannot be written is
+    reported through `progress`, and the trace is used all the same.
     """
     program = cached_program(config, name, folder)
     if program is None:
         progress(f"tracing {config.model_type}, once for this configuration")
         program = frontend.hf.trace(config, name)
         frontend.canonical.canonicalise(program)
-        _write(_stem(config, folder), program)
+        try:
+            _write(_stem(config, folder), program)
+        except OSError as error:
+            progress(f"the trace could not be kept for the next run: {error}")
     return program
 
 
@@ -53,7 +74,7 @@ def _stem(config: Any, folder: Path | None) -> Path:
 def _code_version() -> str:
     """Return a hash of the modules that shape the graph, so that a changed rule never meets an old trace."""
     digest = hashlib.sha256()
-    for module in (frontend.hf, frontend.exported, frontend.canonical, frontend.raising):
+    for module in _SHAPERS:
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
@@ -65,31 +86,36 @@ def _constants(program: Program) -> list[str]:
 def _write(stem: Path, program: Program) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     types = {n: program.params.type_of(n) for n in _constants(program)}
-    # The text goes last: a reader that finds it also finds the constants it needs.
-    for suffix, write in (
-        (".safetensors", lambda path: write_safetensors(path, types, program.params.get)),
-        (".ir", lambda path: path.write_text(dump(program), encoding="utf-8")),
-    ):
-        handle, scratch = tempfile.mkstemp(dir=stem.parent, suffix=suffix)
-        os.close(handle)
-        write(Path(scratch))
-        os.replace(scratch, stem.with_suffix(suffix))
+    text = dump(program)
+    with tempfile.TemporaryDirectory(dir=stem.parent) as scratch:
+        constants, graph = Path(scratch, "constants"), Path(scratch, "graph")
+        digest = write_safetensors(constants, types, program.params.get)
+        graph.write_text(f"{_CHECK}{digest} {_text_hash(text)}\n{text}", encoding="utf-8")
+        # The text goes last: a reader that finds it also finds the constants it needs.
+        os.replace(constants, stem.with_suffix(".safetensors"))
+        os.replace(graph, stem.with_suffix(".ir"))
 
 
 def _read(stem: Path) -> Program | None:
-    text, constants = stem.with_suffix(".ir"), stem.with_suffix(".safetensors")
-    if not (text.is_file() and constants.is_file()):
+    """Return the program under `stem`, or None when it is absent, damaged or of another release's text form."""
+    constants = stem.with_suffix(".safetensors")
+    try:
+        check, _, text = stem.with_suffix(".ir").read_text(encoding="utf-8").partition("\n")
+        if check != f"{_CHECK}{file_hash(constants)} {_text_hash(text)}":
+            return None
+        return _bound(parse(text), SafetensorsSource(constants))
+    except (OSError, UnicodeDecodeError, NomulError):
         return None
-    stored = SafetensorsSource(constants)
-    unbound = parse(text.read_text(encoding="utf-8"))
-    params = unbound.params
-    known = set(stored.names())
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _bound(program: Program, stored: SafetensorsSource) -> Program:
+    """Give a parsed program its stored constants; every other parameter waits for a checkpoint."""
+    params, known = program.params, set(stored.names())
     for name in list(params):
         kind = params.type_of(name)
-        if name in known:
-            params.enter(name, Entry(stored, name, kind))
-        else:
-            params.enter(name, Entry(Untraced(name, kind), name, kind))
-    return unbound
-
-
+        params.enter(name, Entry(stored if name in known else Untraced(name, kind), name, kind))
+    return program

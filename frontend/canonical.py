@@ -31,6 +31,7 @@ def canonicalise(program: Program) -> None:
     strip_noops(program)
     merge_duplicates(program, _BY)
     raise_structure(program)
+    views_to_reshapes(program)
     strip_noops(program)
     merge_duplicates(program, _BY)
     Editor(program, _BY).sweep()
@@ -151,6 +152,18 @@ def _plain_cast(editor: Editor, node: fx.Node) -> None:
     dtype = node.meta[TYPE].dtype
     editor.replace(node, editor.before(node).call(aten.to.dtype, node.args[0], dtype, like=node), keep_name=True)
     editor.erase(node)
+
+
+def views_to_reshapes(program: Program) -> None:
+    """Spell every change of shape `reshape`: a view counts on a memory layout that its producer may no longer have.
+
+    Copies that made values contiguous are gone, and fused operators lay out their results as they please.
+    """
+    editor = Editor(program, _BY)
+    for node in list(program.calls(aten.view.default)):
+        new = editor.before(node).call(aten.reshape.default, *node.args, like=node)
+        editor.replace(node, new, keep_name=True)
+        editor.erase(node)
 
 
 def drop_empty_constants(program: Program) -> None:

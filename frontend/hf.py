@@ -119,13 +119,21 @@ def cache_shapes(config: Any, attention: str) -> tuple[CacheShape, ...]:
     from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
     from transformers.cache_utils import DynamicCache  # noqa: PLC0415
 
-    cache = DynamicCache()
     with torch.no_grad(), FakeTensorMode():
         # The default expert product has no fake form in float32; the batched one has, and caches do not depend on it.
         model = skeleton(copy.deepcopy(config), attention, experts_implementation="batched_mm")
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        out = model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=DynamicCache(), use_cache=True)
+    # An encoder fills the cache it is given too, but returns none.
+    layers = getattr(getattr(out, "past_key_values", None), "layers", ())
+    if not layers:
+        raise UnsupportedError(
+            "the model keeps no key/value cache",
+            where=str(getattr(config, "model_type", "") or type(config).__name__),
+            why="it is an encoder, or its state is not attention keys and values (Mamba, RWKV)",
+            fix="use a decoder-only language model with attention in every layer",
+        )
     shapes = []
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.ndim != 4 or values.ndim != 4:
             raise UnsupportedError(

@@ -120,6 +120,22 @@ def rms_norm_with_gain(b: Builder, x: fx.Node, gain: fx.Node, shape: Any, eps: f
     return b.call(aten.rms_norm, x, list(shape), gain, eps, like=b.root)
 
 
+@norms(lambda x, gain, shape, eps: aten.rms_norm(aten.sub(x, aten.mean(x, [-1], True)), shape, gain, eps))
+def centred_rms_norm(b: Builder, x: fx.Node, gain: Any, shape: Any, eps: Any) -> fx.Node | No:
+    """RMSNorm of x - mean(x) is LayerNorm without a shift (1607.06450, eq. 4), as Cohere spells it."""
+    if len(shape) != 1:
+        return No("the mean is over one dim, the norm over several", x)
+    return b.call(aten.layer_norm, x, list(shape), gain, None, eps, like=b.root)
+
+
+@norms(lambda x, gain, shape, eps: aten.mul(aten.layer_norm(x, shape, None, None, eps), gain), consts="eps")
+def layer_norm_with_gain(b: Builder, x: fx.Node, gain: fx.Node, shape: Any, eps: float) -> fx.Node | No:
+    """A per-channel product after a plain LayerNorm is its gain."""
+    if not isinstance(gain, fx.Node) or b.type(gain).dims != tuple(shape):
+        return No("the factor is not one value per normalised channel")
+    return b.call(aten.layer_norm, x, list(shape), gain, None, eps, like=b.root)
+
+
 @activations(
     lambda x: aten.mul(
         aten.mul(x, 0.5),

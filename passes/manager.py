@@ -53,7 +53,7 @@ class _Run:
     """State handed along a pipeline: the last probe is reused while the program has not changed."""
 
     probe: Probe | None = None
-    probed_version: int = -1
+    probed: tuple[int, int] = (-1, -1)
     reports: list[PassReport] = field(default_factory=list)
 
 
@@ -117,22 +117,20 @@ def run_pipeline(
     return tuple(state.reports)
 
 
-def _run_one(
-    program: Program, pass_: Pass, ctx: Context, settings: Settings, state: _Run, index: int
-) -> PassReport:
+def _run_one(program: Program, pass_: Pass, ctx: Context, settings: Settings, state: _Run, index: int) -> PassReport:
     log = Log(pass_.name, _strict_listener(ctx) if ctx.strict else ctx.log.listener)
     work = None if ctx.work is None else ctx.work / f"{index:02d}-{pass_.name}"
-    version, writes = program.version, len(program.params.writes)
+    stamp, writes = _stamp(program), len(program.params.writes)
     probing = pass_.exact and settings.probe
-    if probing and (state.probe is None or state.probed_version != version):
-        state.probe = take_probe(program, ctx.seed)
+    if probing and state.probed != stamp:
+        state.probe, state.probed = take_probe(program, ctx.seed), stamp
     start = time.perf_counter()
     with PeakMemory() as peak:
         pass_.run(program, replace(ctx, log=log, work=work))
     seconds = time.perf_counter() - start
     ctx.log.reports.extend(log.reports)
     ctx.log.diagnostics.extend(log.diagnostics)
-    changed = program.version != version or len(program.params.writes) != writes
+    changed = _stamp(program) != stamp
     if changed:
         program.level = pass_.level[1]
         program.history = (*program.history, str(_text(pass_)))
@@ -144,6 +142,11 @@ def _run_one(
     return PassReport(
         str(_text(pass_)), seconds, peak.bytes, changed, error, tuple(log.reports), tuple(log.diagnostics)
     )
+
+
+def _stamp(program: Program) -> tuple[int, int]:
+    """Return what grows with every change: edits of the graph, and writes of weights, which need no edit."""
+    return program.version, len(program.params.writes)
 
 
 def _strict_listener(ctx: Context) -> Callable[[Event], None]:
@@ -172,15 +175,13 @@ def _verify_after(program: Program, pass_: Pass, full: bool) -> None:
         ) from error
 
 
-def _probe_after(
-    program: Program, pass_: Pass, ctx: Context, state: _Run, changed: bool, written: list[str]
-) -> float:
+def _probe_after(program: Program, pass_: Pass, ctx: Context, state: _Run, changed: bool, written: list[str]) -> float:
     """Compare with the probe before the pass; what it did not write it cannot have rounded."""
     if not changed or state.probe is None:
         return 0.0
     after = take_probe(program, ctx.seed)
     error = check_probe(state.probe, after, pass_.name, float_dtype(program, written))
-    state.probe, state.probed_version = after, program.version
+    state.probe, state.probed = after, _stamp(program)
     return error
 
 
@@ -205,9 +206,7 @@ def _dump(program: Program, settings: Settings, moment: str, index: int, name: s
         (folder / f"{index:02d}-{name}.ir").write_text(dump(program), encoding="utf-8")
 
 
-def _write_crash(
-    folder: Path, before: str, pipeline: Pipeline, index: int, ctx: Context, error: Exception
-) -> None:
+def _write_crash(folder: Path, before: str, pipeline: Pipeline, index: int, ctx: Context, error: Exception) -> None:
     """Write what is needed to see the failure again: the program before the pass, the passes left, and the seed."""
     crash = folder / "crash"
     crash.mkdir(parents=True, exist_ok=True)

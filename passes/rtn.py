@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import Tensor
+
 from ir.analysis import LinearSite, blocks
 from ir.ops.packing import pack_bits
 from ir.ops.quant import QuantCodes
@@ -20,7 +22,9 @@ class Rtn(Pass):
     """Round every weight to the nearest of 2^bits uniform levels between its group's minimum and maximum."""
 
     bits: int = field(default=4, metadata={"help": "bits per code, 2 to 8"})
-    group: int = field(default=64, metadata={"help": "inputs that share a scale and zero point; must divide every input"})
+    group: int = field(
+        default=64, metadata={"help": "inputs that share a scale and zero point; must divide every input"}
+    )
     symmetric: bool = field(default=False, metadata={"help": "a range around zero, without stored zero points"})
     skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave in float, `*` stands for any text"})
 
@@ -61,7 +65,7 @@ class Rtn(Pass):
             ctx.log.report(site=site.name, **figures(codes.stored_bits, site.rows, site.inputs, rel))
             step()
 
-    def _round(self, site: LinearSite, weight) -> QuantCodes:  # type: ignore[no-untyped-def]
+    def _round(self, site: LinearSite, weight: Tensor) -> QuantCodes:
         found = rtn(weight, self.bits, self.group, self.symmetric)
         zeros = None if self.symmetric else pack_bits(found.zeros, self.bits)
         packed = pack_bits(found.codes, self.bits)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from ir.analysis import Block, LinearSite, blocks, sibling_sites
+from ir.analysis import LinearSite, blocks, sibling_sites
 from ir.ops.shiftcode import ShiftCodes, dequantize, group_count
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
@@ -78,7 +78,8 @@ class ShiftAdd(Pass):
         if self.calib == "none":
             step = ctx.log.progress(len(blocks(program)), self.name)
             for block in blocks(program):
-                self._finish(program, ctx, block.index, self._solve_free(program, block))
+                sites = choose_sites(program, block.nodes, self.skip, Context())
+                self._finish(program, ctx, block.index, sites, self._solve_free(program, sites))
                 step()
             return
         for walked in walk(program, ctx, "compressed", self.name):
@@ -86,7 +87,7 @@ class ShiftAdd(Pass):
             done = _restore(program, sites, ctx, walked.block.index)
             if not done:
                 solved = self._solve(program, walked, sites)
-                self._finish(program, ctx, walked.block.index, solved)
+                self._finish(program, ctx, walked.block.index, sites, solved)
 
     def _solve(self, program: Program, walked: Step, sites: list[LinearSite]) -> _Solved:
         """Fit the sites of a block to the second moments of their inputs, siblings stacked along the rows."""
@@ -98,9 +99,8 @@ class ShiftAdd(Pass):
         found = in_threads(lambda p: self._fit(program, p[0], p[1].matrix, p[1].tokens), pieces)
         return [row for solved in found for row in solved]
 
-    def _solve_free(self, program: Program, block: Block) -> _Solved:
-        groups = sibling_sites(choose_sites(program, block.nodes, self.skip, Context()))
-        return [row for group in groups for row in self._fit(program, group, None, 0)]
+    def _solve_free(self, program: Program, sites: list[LinearSite]) -> _Solved:
+        return [row for group in sibling_sites(sites) for row in self._fit(program, group, None, 0)]
 
     def _fit(self, program: Program, group: list[LinearSite], hessian: Tensor | None, tokens: int) -> _Solved:
         weight = weights_of(program, group, self.name)
@@ -113,13 +113,15 @@ class ShiftAdd(Pass):
             row += site.rows
         return solved
 
-    def _finish(self, program: Program, ctx: Context, index: int, solved: _Solved) -> None:
+    def _finish(self, program: Program, ctx: Context, index: int, sites: list[LinearSite], solved: _Solved) -> None:
+        """Keep a block's codes, then put them in place in the order of its sites, as a resumed run will."""
+        solved = sorted(solved, key=lambda row: sites.index(row[0]))
         tensors, facts = {}, {}
         for site, codes, numbers in solved:
             for part in _PARTS:
                 if getattr(codes, part) is not None:
-                    tensors[f"{site.name}/{part}"] = getattr(codes, part)
-            facts[site.name] = {"figures": numbers, "group": codes.group, "terms": codes.terms}
+                    tensors[f"{site.node.name}/{part}"] = getattr(codes, part)
+            facts[site.node.name] = {"figures": numbers, "group": codes.group, "terms": codes.terms}
         save_block(ctx.work, index, tensors, dict(facts))
         for site, codes, numbers in solved:
             put_shift_codes(program, site, codes, self.name)
@@ -129,7 +131,7 @@ class ShiftAdd(Pass):
 _Solved = list[tuple[LinearSite, ShiftCodes, dict[str, float]]]
 
 
-def _block_nodes(program: Program) -> list[object]:
+def _block_nodes(program: Program) -> list[fx.Node]:
     return [n for block in blocks(program) for n in block.nodes]
 
 
@@ -155,10 +157,11 @@ def _restore(program: Program, sites: list[LinearSite], ctx: Context, index: int
         return False
     tensors, facts = kept
     for site in sites:
-        fact = facts[site.name]
+        fact = facts[site.node.name]
         assert isinstance(fact, dict)
-        parts = [tensors.get(f"{site.name}/{part}") for part in _PARTS]
-        codes = ShiftCodes(*parts, fact["group"], fact["terms"], site.inputs)  # type: ignore[arg-type]
+        signs, scales, exponents = (tensors[f"{site.node.name}/{part}"] for part in _PARTS[:3])
+        offsets = tensors.get(f"{site.node.name}/offsets")
+        codes = ShiftCodes(signs, scales, exponents, offsets, fact["group"], fact["terms"], site.inputs)
         put_shift_codes(program, site, codes, "shiftadd")
         ctx.log.report(site=site.name, **fact["figures"])
     return True

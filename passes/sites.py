@@ -1,4 +1,4 @@
-"""Putting codes where a float linear was: parameters named after the weight, the coded operator in the linear's place."""
+"""Putting codes where a float linear was: parameters beside the weight, the coded operator in the linear's place."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from passes.base import Context
 nomul = torch.ops.nomul
 
 
-def choose_sites(
-    program: Program, nodes: Iterable[fx.Node], skip: Sequence[str], ctx: Context
-) -> list[LinearSite]:
+def choose_sites(program: Program, nodes: Iterable[fx.Node], skip: Sequence[str], ctx: Context) -> list[LinearSite]:
     """Return the linears among `nodes` to compress; those left alone are recorded with their reason.
 
     skip: patterns of site names to leave in float.

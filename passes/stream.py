@@ -66,9 +66,7 @@ class Step:
         _run(self._float, self._float_block, {nodes[name]: call for name, call in wanted.items()})
 
 
-def walk(
-    program: Program, ctx: Context, stream: Literal["float", "compressed", "both"], label: str
-) -> Iterator[Step]:
+def walk(program: Program, ctx: Context, stream: Literal["float", "compressed", "both"], label: str) -> Iterator[Step]:
     """Yield the blocks in order; when the caller comes back for the next, the streams have moved on.
 
     The compressed stream moves by running the block as the caller left it. The float stream runs a copy taken at the
@@ -99,7 +97,10 @@ def walk(
 
 
 def observe(program: Program, ctx: Context, wanted: Mapping[fx.Node, Callback], label: str) -> None:
-    """Run the whole calibration set through the program once and hand wanted nodes' values to their callbacks."""
+    """Run the whole calibration set through the program once and hand wanted nodes' values to their callbacks.
+
+    A node that lies in no block (a head, an embedding) is never handed out.
+    """
     for step in walk(program, ctx, "float", label):
         inside = {node.name for node in step.block.nodes}
         step.observe_float({node.name: call for node, call in wanted.items() if node.name in inside})

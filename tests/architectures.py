@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def bind(program: Program, weights: Mapping[str, Tensor]) -> None:
             program.params.put(name, weights[name.removesuffix("_t")].T, "test")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _traced(name: str, layers: int) -> tuple[Program, nn.Module]:
     config = tiny(name, layers)
     program = trace(config, name)

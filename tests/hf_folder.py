@@ -29,6 +29,7 @@ WEIGHTS = "model.safetensors"
 @cache
 def _tokenizer_text() -> str:
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ir.errors import UsageError
+from ir.errors import UnsupportedError, UsageError
 from tools.console import note
 
 if TYPE_CHECKING:
@@ -80,15 +79,29 @@ def plan(options: BuildOptions) -> Plan:
     if options.target not in backend_names():
         known = ", ".join(backend_names())
         raise UsageError(f"there is no target {options.target}", fix=f"the targets are {known}")
-    for name, value in (("--samples", options.samples), ("--seqlen", options.seqlen)):
-        if value < (2 if name == "--seqlen" else 1):
-            raise UsageError(f"{name} {value} is too small")
+    _check_options(options)
+    pipeline, notes = schedule(parse(options.passes), options.keep_order)
+    return Plan(pipeline, tuple(notes))
+
+
+def _check_options(options: BuildOptions) -> None:
+    for name, value, low, high in (
+        ("--samples", options.samples, 1, float("inf")),
+        ("--seqlen", options.seqlen, 2, float("inf")),
+        ("--seed", options.seed, 0, 2**63 - 1),
+        ("--max-kl", options.max_kl, 0, float("inf")),
+    ):
+        if not low <= value <= high:
+            most = "or more" if high == float("inf") else f"to {high}"
+            raise UsageError(f"{name} {value} is out of range", fix=f"give {low} {most}")
     if options.out.exists():
         raise UsageError(
             "the output directory exists", where=str(options.out), fix="choose another --out, or remove it"
         )
-    pipeline, notes = schedule(parse(options.passes), options.keep_order)
-    return Plan(pipeline, tuple(notes))
+    home = next(p for p in options.out.absolute().parents if p.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        why = "it cannot be written" if home.is_dir() else "it is a file"
+        raise UsageError("the output directory cannot be made", where=str(home), why=why, fix="choose another --out")
 
 
 def dry_run(options: BuildOptions) -> tuple[Plan, Estimate, str]:
@@ -101,9 +114,7 @@ def dry_run(options: BuildOptions) -> tuple[Plan, Estimate, str]:
     outline = open_outline(options.model, note)
     program = outline.program
     check(planned.pipeline, program.level, program.facts)
-    found = estimate(
-        program, planned.pipeline, options.samples, options.seqlen, options.out, outline.layers
-    )
+    found = estimate(program, planned.pipeline, options.samples, options.seqlen, options.out, outline.layers)
     return planned, found, outline.remark
 
 
@@ -117,11 +128,15 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
     from passes.manager import PeakMemory
     from passes.pipeline import check
     from tools.estimate import check_resources, estimate
+    from tools.text import load_text
+    from tools.work import work_folder
 
     clock = _Clock()
     planned = plan(options)
     for line in planned.notes:
         note(line)
+    # A text that cannot be read is found out before a model is traced.
+    load_text(options.calib)
     with PeakMemory() as peak:
         with clock.phase("open"):
             model = open_model(options.model, note)
@@ -130,18 +145,19 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
         check_resources(found, options.out)
         with clock.phase("text"):
             data = _data(model, planned.pipeline, options)
+        with clock.phase("check weights"):
+            _check_weights(model.program)
         before = model.program.clone()
-        work = _work_folder(options, model, planned, data)
-        reports = _run(model.program, planned, options, data, work, clock, listener)
-        with clock.phase("judge"):
-            quality = _judge(before, model.program, data, options)
-        return _finish(options, planned, model, reports, quality, data, work, clock, peak)
+        with work_folder(options, model, planned.pipeline, data) as work:
+            reports = _run(model.program, planned, options, data, work, clock, listener)
+            with clock.phase("judge"):
+                quality = _judge(before, model.program, data, options)
+            return _finish(options, planned, model, reports, quality, data, work, clock, peak)
 
 
 def _data(model: Model, pipeline: Pipeline, options: BuildOptions) -> TokenData | None:
     """Return calibration and held-out tokens; None when no pass needs data and the model has no tokenizer."""
     from frontend.tokenizer import load_tokenizer
-    from ir.errors import UnsupportedError
     from tools.calibration import token_data
 
     needed = any(pass_.needs() is not None for pass_ in pipeline.passes())
@@ -152,8 +168,49 @@ def _data(model: Model, pipeline: Pipeline, options: BuildOptions) -> TokenData 
             raise
         note(f"no tokenizer ({error.why}): the quality of the result is not judged")
         return None
+    _check_context(model, options.seqlen)
     samples = options.samples if needed else 1
-    return token_data(tokenizer, options.calib, samples, options.seqlen, options.seed)
+    data = token_data(tokenizer, options.calib, samples, options.seqlen, options.seed)
+    known, largest = model.program.outputs[0].meta["type"].dims[-1], max(int(b.max()) for b in data.calibration)
+    if largest >= int(known):
+        raise UnsupportedError(
+            "the tokenizer does not belong to the model",
+            where=str(model.path),
+            why=f"it gives token {largest}, and the model knows {known} tokens",
+            fix="put the tokenizer files of the original model beside its weights",
+        )
+    return data
+
+
+def _check_context(model: Model, seqlen: int) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(context, int) and seqlen > context:
+        raise UsageError(
+            f"--seqlen {seqlen} is longer than the model's context",
+            where=str(model.path),
+            why=f"its configuration allows {context} positions",
+            fix=f"give --seqlen {context} or less",
+        )
+
+
+def _check_weights(program: Program) -> None:
+    """Raise UnsupportedError for a weight with NaN or infinity, which would spread to all that comes after it."""
+    import torch
+
+    from tools.console import progress
+
+    with progress("check weights", len(program.params)) as step:
+        for name in program.params:
+            tensor = program.params.get(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise UnsupportedError(
+                    "a weight of the model is not finite",
+                    where=name,
+                    why=f"{bad} of its {tensor.numel()} values are NaN or infinite",
+                    fix="check the checkpoint; nothing was written",
+                )
+            step("")
 
 
 def _run(
@@ -174,7 +231,7 @@ def _run(
     settings = Settings(options.verify, options.verify != "off", options.dump_ir, work)
     reports = run_pipeline(program, planned.pipeline, ctx, settings)
     for report in reports:
-        clock.phases[report.text] = report.seconds
+        clock.phases[report.text] = clock.phases.get(report.text, 0.0) + report.seconds
     return reports
 
 
@@ -186,39 +243,6 @@ def _judge(before: Program, after: Program, data: TokenData | None, options: Bui
         return None
     with progress("judge", len(data.held_out)) as step:
         return judge(before, after, data.held_out, options.max_kl if options.gate else float("inf"), step)
-
-
-def _work_folder(options: BuildOptions, model: Model, planned: Plan, data: TokenData | None) -> Path:
-    """Return where finished blocks are kept while this compilation runs: beside the output, under a fingerprint.
-
-    Raises UsageError when `--resume` meets the work of another model, pipeline, text, seed or version.
-    """
-    folder = options.out.absolute().parent / f".{options.out.name}.work"
-    mark = folder / "fingerprint"
-    facts = [model.fingerprint, str(planned.pipeline), data.digest if data else "", options.seed, _code_version()]
-    wanted = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    known = mark.read_text(encoding="utf-8") if mark.is_file() else None
-    if options.resume and known not in (None, wanted):
-        raise UsageError(
-            "there is work to resume, but of another compilation",
-            where=str(folder),
-            why="the model, the pipeline, the text, the seed or nomul itself is not the same",
-            fix="give the same command as before, or run without --resume to start over",
-        )
-    if folder.exists() and not (options.resume and known == wanted):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(wanted, encoding="utf-8")
-    return folder
-
-
-def _code_version() -> str:
-    """Return a hash of the modules that decide what bytes come out."""
-    root, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for package in ("ir", "passes", "frontend"):
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _finish(
@@ -246,6 +270,8 @@ def _finish(
         with clock.phase("write"), progress("write", len(model.program.params)) as step:
             hashes = write_program(model.program, partial, step=lambda: step(""))
             notes = tuple(copy_side_files(model, partial))
+        for line in notes:
+            note(line)
         if options.dump_ir != "none":
             shutil.copytree(work / "ir", partial / "ir")
         totals = storage(model.program).as_json() | {"artifact_bytes": _size(partial)}
@@ -259,8 +285,7 @@ def _finish(
         os.replace(partial, options.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(work, ignore_errors=True)
-    return replace(report)
+    return report
 
 
 def _settings(options: BuildOptions, data: TokenData | None) -> dict[str, Any]:
@@ -282,7 +307,8 @@ def _write_manifest(
 
     from ir.artifact import FORMAT, MANIFEST_FILE, file_hash
 
-    files = {p.name: hashes.get(p.name) or file_hash(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    files = {name: hashes.get(name) or file_hash(folder / name) for name in names}
     manifest = {
         "format": FORMAT,
         "name": model.program.name,

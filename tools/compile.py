@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ir.errors import GateError
 from tools.console import note, print_json, size_text, table
@@ -50,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     options = _options(args)
     if args.dry_run:
         return _show_plan(options, args.json)
-    report = compile_model(options, _listener())
+    with _listener() as listener:
+        report = compile_model(options, listener)
     if args.json:
         print_json(report.as_json())
     else:
@@ -98,25 +100,31 @@ def _show_plan(options: BuildOptions, as_json: bool) -> int:
     return 0
 
 
-def _listener() -> Callable[[Event], None]:
-    """Return a listener that shows each pass's progress, one bar or line at a time."""
+@contextmanager
+def _listener() -> Iterator[Callable[[Event], None]]:
+    """Give a listener that shows each pass's progress, one bar or line at a time.
+
+    The bar is taken down when the run ends in an error too: it hides the cursor while it is up.
+    """
     from passes.base import Progress
     from tools.console import progress
 
-    current: dict[str, Any] = {}
+    with ExitStack() as bars:
+        step: Callable[[str], None] | None = None
 
-    def listen(event: Event) -> None:
-        if not isinstance(event, Progress):
-            return
-        if event.done == 0:
-            current["bar"] = progress(event.label, event.total)
-            current["step"] = current["bar"].__enter__()
-            return
-        current["step"]("")
-        if event.done == event.total:
-            current["bar"].__exit__(None, None, None)
+        def listen(event: Event) -> None:
+            nonlocal step
+            if not isinstance(event, Progress):
+                return
+            if event.done == 0:
+                bars.close()
+                step = bars.enter_context(progress(event.label, event.total))
+            elif step is not None:
+                step("")
+            if event.done == event.total:
+                bars.close()
 
-    return listen
+        yield listen
 
 
 def summary(report: Report) -> str:
@@ -124,10 +132,12 @@ def summary(report: Report) -> str:
     from tools.report import left_alone, pass_table, site_table
 
     totals, quality = report.totals, report.quality
-    parts = [pass_table(report.reports), site_table(report.reports), left_alone(report.reports), *report.notes]
+    parts = [pass_table(report.reports), site_table(report.reports), left_alone(report.reports)]
     bits = totals["bits_per_weight_compressed"]
     size = f"size      {size_text(int(totals['artifact_bytes']))}"
-    parts.append(size + (f", {bits:.3f} stored bits per weight in {totals['compressed_linears']} linears" if bits else ""))
+    parts.append(
+        size + (f", {bits:.3f} stored bits per weight in {totals['compressed_linears']} linears" if bits else "")
+    )
     if quality is not None:
         parts.append(
             f"quality   perplexity {quality.before:.2f} -> {quality.after:.2f}, KL {quality.kl:.4f}, top-1 "
@@ -136,7 +146,7 @@ def summary(report: Report) -> str:
         parts.append(f"gate      {'passed' if quality.passed else 'FAILED'} (KL at most {quality.limit:g})")
     share = ", ".join(f"{name} {seconds:.0f}s" for name, seconds in report.phases.items() if seconds >= 0.5)
     parts.append(f"time      {sum(report.phases.values()):.0f}s ({share}), peak memory {size_text(report.peak_bytes)}")
-    parts.append(f"next      python -m tools.generate {report.out} \"The capital of France is\"")
+    parts.append(f'next      python -m tools.generate {report.out} "The capital of France is"')
     parts.append(f"          python -m tools.evaluate {report.out} --against {report.model}")
     return "\n".join(part for part in parts if part)
 

@@ -57,7 +57,7 @@ def estimate(
 
     parts = blocks(program)
     missing = max(0, (layers or 0) - len(parts))
-    rows = _all_rows([row for pass_ in pipeline.passes() for row in pass_.plan(program)], parts, missing)
+    rows = _all_rows(_claimed(program, pipeline), parts, missing)
     total = program.params.total_bytes()
     saved = sum(row.figures["weights"] * 4 - row.figures["bytes"] for row in rows if "bytes" in row.figures)
     width = _last_dim(parts[0].entry) if parts else 0
@@ -73,8 +73,23 @@ def estimate(
     peak = _BASE_BYTES + activations + working + codes
     home = next(p for p in (out.absolute().parent, *out.absolute().parents) if p.exists())
     return Estimate(
-        tuple(rows), total, int(total - saved), int(peak), shutil.disk_usage(home).free, psutil.virtual_memory().available
+        tuple(rows),
+        total,
+        int(total - saved),
+        int(peak),
+        shutil.disk_usage(home).free,
+        psutil.virtual_memory().available,
     )
+
+
+def _claimed(program: Program, pipeline: Pipeline) -> list[PlanRow]:
+    """Return what each pass plans; a site goes to the first that compresses it, as it will when they run."""
+    rows, taken = [], set()
+    for pass_ in pipeline.passes():
+        planned = [row for row in pass_.plan(program) if row.site not in taken or "bytes" not in row.figures]
+        taken |= {row.site for row in planned if "bytes" in row.figures}
+        rows += planned
+    return rows
 
 
 def _all_rows(rows: list[PlanRow], parts: tuple[Block, ...], missing: int) -> list[PlanRow]:

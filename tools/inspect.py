@@ -127,7 +127,7 @@ def _facts_text(report: Report) -> str:
     ]
     manifest = report.get("manifest")
     if isinstance(manifest, dict):
-        rows += [(key, str(manifest[key])) for key in ("pipeline", "target", "seed") if manifest.get(key) is not None]
+        rows += [(key, str(manifest[key])) for key in ("pipeline", "target", "gate") if key in manifest]
     return "\n".join(f"{key:<9} {value}" for key, value in rows)
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.console import _finite as finite
-from tools.console import duration_text, size_text, table
+from tools.console import duration_text, finite, size_text, table
 
 if TYPE_CHECKING:
     from passes.manager import PassReport

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ir.program import TYPE, Program, is_call
 from ir.types import TensorType
+from passes.equiv.attention import FUSED, Attention, attentions
 from passes.equiv.constants import is_constant
 from passes.equiv.groups import Absence, Axis, Discovery, EquivGroup, Kind, Slot, TieMap
 from passes.equiv.producers import Seeding, ancestry, bias_of, channels_of, gain_of, seeding
@@ -20,14 +21,13 @@ from passes.equiv.rules import ACTIVATIONS, CASTS, LINEARS, MOVES, NORMS
 from passes.equiv.walk import UNSCALED, Blocked, Walk, classes
 
 aten = torch.ops.aten
-_ATTENTION = (aten.scaled_dot_product_attention,)
 
 
 def discover(program: Program) -> Discovery:
     """Return the groups of a program in graph order, and the places that look like groups but are not exact."""
     search = _Search(program)
-    for node in program.calls(*_ATTENTION):
-        search.attention(node)
+    for attention in attentions(program):
+        search.attention(attention)
     for node in program.calls(aten.mul):
         search.gated(node)
     for node in program.calls(*ACTIVATIONS):
@@ -52,14 +52,12 @@ class _Search:
         for node in program.param_nodes():
             self.readers.setdefault(str(node.target), []).extend(node.users)
 
-    def attention(self, node: fx.Node) -> None:
+    def attention(self, found: Attention) -> None:
         """Scales between values and what reads the attention, and between queries and keys."""
-        q, k, v = node.args[:3]
-        assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
-        found = self._try("q<->k", node, lambda: seeding(self.program, [(q, -1), (k, 1)]))
-        if found is not None:
-            self.gains |= {n for n in found if is_call(n, *NORMS)}
-        self._try("v->o", node, lambda: seeding(self.program, [(v, -1)]))
+        starts = [(found.query, -1), (found.key, 1)]
+        producers = self._try("q<->k", found.node, lambda: seeding(self.program, starts))
+        self.gains |= {n for n in producers or () if is_call(n, *NORMS)}
+        self._try("v->o", found.node, lambda: seeding(self.program, [(found.value, -1)]))
 
     def gated(self, node: fx.Node) -> None:
         """Scales on the linear factor of a gated product (GLU, 2002.05202): the other factor is an activation."""
@@ -100,7 +98,7 @@ class _Search:
                 continue
             seen.add(node)
             depth += is_call(node, *LINEARS)
-            if is_call(node, *_ATTENTION, *NORMS) or depth > 1:
+            if is_call(node, *FUSED, *NORMS) or depth > 1:
                 return False
             stack.extend(node.users)
         return True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ir import ops as _ops  # noqa: F401  (registers the nomul operators)
+from ir.program import is_call
 from passes.equiv.walk import UNSCALED, Blocked, Labels, Rule, Walk, constant_over, per_channel
 
 aten, nomul = torch.ops.aten, torch.ops.nomul
@@ -32,6 +33,7 @@ CASTS = _packets("to _to_copy type_as")
 _SHAPES = _packets("sym_size sym_numel empty_like zeros_like ones_like full_like new_zeros new_ones new_full")
 LINEARS = (aten.linear, nomul.grouped_linear)
 NORMS = (aten.rms_norm, aten.layer_norm)
+PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
 ACTIVATIONS = _packets(
     """silu gelu relu relu6 sigmoid tanh leaky_relu elu celu selu mish hardtanh hardsigmoid hardswish softplus"""
 )
@@ -177,10 +179,13 @@ def _heads(walk: Walk, node: fx.Node, heads: int) -> Tensor:
     return one.repeat_interleave(heads // one.shape[-2], dim=-2)
 
 
-@_rule([aten.matmul, aten.bmm])
+@_rule(PRODUCTS)
 def _product(walk: Walk, node: fx.Node) -> Labels | None:
     """A product of activations: scales along the contracted dim must cancel, those along the others pass."""
-    a, b = (walk.labels(value) for value in node.args[:2])
+    added = is_call(node, aten.baddbmm)
+    a, b = (walk.labels(value) for value in node.args[added : added + 2])
+    if added and (walk.labels(node.args[0]) is not None or a is None or b is None):
+        raise Blocked(f"{node.name} adds a value that does not carry the scale")
     if a is not None and b is not None:
         mixed = f"the scale differs along a dim that {node.name} keeps"
         walk.tie(constant_over(a, -2, mixed), constant_over(b, -1, mixed), True, f"{node.name} multiplies it with")

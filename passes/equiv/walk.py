@@ -23,9 +23,9 @@ UNSCALED = -1
 Labels = Tensor | tuple[Tensor, ...]
 Rule = Callable[["Walk", fx.Node], Labels | None]
 
-# Two positions, so that a layout that mixes positions into channels shows; an empty past, since cached state has the
-# basis of the values appended to it.
-_SIZES = {"batch": 1, "seq": 2, "past": 0, "total": 2}
+# Several positions, so that a layout that mixes positions into channels shows; an empty past, since cached state has
+# the basis of the values appended to it.
+_SIZES = {"batch": 2, "seq": 3, "past": 0, "total": 3}
 
 
 class Blocked(Exception):

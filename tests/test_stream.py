@@ -1,0 +1,257 @@
+"""The activations that passes are shown: equal to what a run of the whole program would show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from ir.analysis import blocks, linear_sites
+from ir.edit import Editor
+from ir.errors import UnsupportedError, UsageError
+from ir.execute import empty_inputs
+from ir.ops.packing import pack_bits
+from ir.ops.quant import QuantCodes
+from ir.program import Program, is_call
+from passes.base import Context, Event, Log, Progress
+from passes.quantize.uniform import rtn
+from passes.sites import put_quant_codes
+from passes.stream import Step, observe, walk
+from tests.hf_folder import VOCAB
+from tests.programs import I64, Sketch, aten, hidden
+
+SHAPES = ((2, 8), (1, 5), (2, 8), (3, 1))
+
+
+def batches(*shapes: tuple[int, int], vocab: int = VOCAB) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, vocab, shape, generator=generator) for shape in shapes]
+
+
+class Watch(fx.Interpreter):
+    """Runs a whole program and keeps every value by node name."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module())  # type: ignore[arg-type]
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        self.seen[n.name] = value = super().run_node(n)
+        return value
+
+
+def values(program: Program, ids: Tensor) -> dict[str, Tensor]:
+    """What every node of a program computes for these tokens, in one run of the whole."""
+    watch = Watch(program)
+    with torch.no_grad():
+        watch.run(*empty_inputs(program, ids).values())
+    return watch.seen
+
+
+def keep(into: list[Tensor]) -> Callable[[Tensor], None]:
+    return lambda value: into.append(value.clone())
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(found) == len(expected) and all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def coarse(program: Program, step: Step) -> None:
+    """Replace the linears of a block by 2-bit codes, as a compressing pass does."""
+    for site in linear_sites(program, step.block.nodes)[0]:
+        codes = rtn(program.params.get(site.weight), 2, 16)
+        packed, zeros = pack_bits(codes.codes, 2), pack_bits(codes.zeros, 2)
+        put_quant_codes(program, site, QuantCodes(packed, codes.scales, zeros, 2, 16, site.inputs), "coarse")
+
+
+def seen_by_hooks(folder: Path, suffix: str, data: list[Tensor]) -> list[list[Tensor]]:
+    """Inputs of the modules of every layer of the original model that end in `suffix`, layer by layer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    found: list[list[Tensor]] = []
+    for layer in model.model.layers:
+        rows: list[Tensor] = []
+        found.append(rows)
+        module = layer.get_submodule(suffix)
+        module.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0].clone()))
+    with torch.no_grad():
+        for ids in data:
+            model(ids)
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_float_stream_shows_what_hooks_on_the_model_see(tiny_model: Program, tiny_hf: Path, suffix: str) -> None:
+    program, data = tiny_model.clone(), batches(*SHAPES)
+    expected = seen_by_hooks(tiny_hf, suffix, data)
+    for step in walk(program, Context(calibration=data), "float", "test"):
+        site = next(s for s in linear_sites(program, step.block.nodes)[0] if s.name.endswith(suffix))
+        found: list[Tensor] = []
+        step.observe_float({site.node.args[0].name: keep(found)})  # type: ignore[union-attr]
+        assert len(found) == len(data)
+        for have, want in zip(found, expected[step.block.index], strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+
+
+def test_float_stream_does_not_see_what_the_pass_changes(tiny_model: Program) -> None:
+    program, data = tiny_model.clone(), batches((2, 8))
+    original = values(tiny_model, data[0])
+    for step in walk(program, Context(calibration=data), "float", "test"):
+        coarse(program, step)
+        entry: list[Tensor] = []
+        step.observe_float({step.block.entry.name: keep(entry)})
+        assert equal(entry, [original[step.block.entry.name]])
+
+
+def test_compressed_stream_is_the_compressed_prefix(tiny_model: Program) -> None:
+    program, data = tiny_model.clone(), batches(*SHAPES)
+    differs = []
+    for step in walk(program, Context(calibration=data), "compressed", "test"):
+        entry: list[Tensor] = []
+        step.observe({step.block.entry: keep(entry)})
+        # The program as it is now: all earlier blocks compressed, this one and later ones not.
+        assert equal(entry, [values(program, ids)[step.block.entry.name] for ids in data])
+        differs.append(not equal(entry, [values(tiny_model, ids)[step.block.entry.name] for ids in data]))
+        coarse(program, step)
+    assert differs == [False, True]
+
+
+def test_both_streams_in_one_walk(tiny_model: Program) -> None:
+    program, data = tiny_model.clone(), batches(*SHAPES)
+    for step in walk(program, Context(calibration=data), "both", "test"):
+        name = step.block.exit.name
+        coarse(program, step)
+        compressed: list[Tensor] = []
+        floating: list[Tensor] = []
+        step.observe({step.block.exit: keep(compressed)})
+        step.observe_float({name: keep(floating)})
+        assert equal(compressed, [values(program, ids)[name] for ids in data])
+        assert equal(floating, [values(tiny_model, ids)[name] for ids in data])
+        assert not equal(compressed, floating)
+
+
+def test_values_inside_a_block_that_the_pass_is_halfway_through(tiny_model: Program) -> None:
+    program, data = tiny_model.clone(), batches((2, 8), (1, 3))
+    for step in walk(program, Context(calibration=data), "compressed", "test"):
+        sites = {s.name.rpartition(".")[2]: s for s in linear_sites(program, step.block.nodes)[0]}
+        before: list[Tensor] = []
+        after: list[Tensor] = []
+        into_down = sites["down_proj"].node.args[0]
+        assert isinstance(into_down, fx.Node)
+        step.observe({into_down: keep(before)})
+        codes = rtn(program.params.get(sites["q_proj"].weight), 2, 16)
+        packed, zeros = pack_bits(codes.codes, 2), pack_bits(codes.zeros, 2)
+        put_quant_codes(program, sites["q_proj"], QuantCodes(packed, codes.scales, zeros, 2, 16, 32), "half")
+        step.observe({into_down: keep(after)})
+        assert equal(after, [values(program, ids)[into_down.name] for ids in data])
+        assert not equal(after, before)
+
+
+def test_several_values_at_once_in_batch_order(tiny_model: Program) -> None:
+    program, data = tiny_model.clone(), batches(*SHAPES)
+    for step in walk(program, Context(calibration=data), "compressed", "test"):
+        wanted = [step.block.entry, *(s.node for s in linear_sites(program, step.block.nodes)[0])]
+        found: dict[str, list[Tensor]] = {n.name: [] for n in wanted}
+        step.observe({n: keep(found[n.name]) for n in wanted})
+        for name, rows in found.items():
+            assert equal(rows, [values(program, ids)[name] for ids in data])
+
+
+def side_program() -> Program:
+    """Two residual blocks whose side outputs also read the token ids and a value made of them before the blocks."""
+    s = Sketch(3)
+    embed = s.param("embed", s.random(40, 8))
+    weights = [s.param(f"layers.{k}.weight", s.random(8, 8)) for k in range(2)]
+    head = s.param("head", s.random(40, 8))
+    ids, mask = s.input("input_ids", hidden(dtype=I64)), s.input("attention_mask", hidden(dtype=I64))
+    h = s.call(aten.embedding.default, embed, ids, type=hidden(8))
+    token = s.call(aten.to.dtype, ids, torch.float32, type=hidden())
+    length = s.call(aten.sum.dim_IntList, mask, [1], True, type=hidden(dtype=I64))
+    sides = []
+    for k, weight in enumerate(weights):
+        d = s.call(aten.linear.default, h, weight, type=hidden(8), path=f"layers.{k}")
+        flat = s.call(aten.sum.dim_IntList, d, [2], type=hidden())
+        side = s.call(aten.mul.Tensor, flat, token, type=hidden())
+        sides.append(s.call(aten.add.Tensor, side, ids, type=hidden()))
+        scaled = s.call(aten.div.Tensor, d, s.call(aten.unsqueeze.default, length, 2, type=hidden(1)), type=hidden(8))
+        h = s.call(aten.add.Tensor, h, scaled, type=hidden(8), path=f"layers.{k}")
+    logits = s.call(aten.linear.default, h, head, type=hidden(40))
+    return s.program(logits, *sides, name="side")
+
+
+def test_carried_and_ambient_values_belong_to_their_batch() -> None:
+    program, data = side_program(), batches((2, 4), (2, 4), (1, 6), vocab=40)
+    assert len(blocks(program)) == 2
+    for index, step in enumerate(walk(program, Context(calibration=data), "compressed", "test")):
+        side = program.outputs[1 + index]
+        found: list[Tensor] = []
+        step.observe({side: keep(found), step.block.exit: (exits := []).append})
+        assert equal(found, [values(program, ids)[side.name] for ids in data])
+        assert equal(exits, [values(program, ids)[step.block.exit.name] for ids in data])
+        assert not torch.equal(found[0], found[1])
+
+
+def test_observe_hands_out_nodes_of_all_blocks(tiny_model: Program) -> None:
+    program, data = tiny_model.clone(), batches((2, 8), (1, 5))
+    wanted = [n for block in blocks(program) for n in block.nodes if is_call(n, aten.silu)]
+    found: dict[fx.Node, list[Tensor]] = {n: [] for n in wanted}
+    assert len(wanted) == 2
+    observe(program, Context(calibration=data), {n: keep(rows) for n, rows in found.items()}, "test")
+    for node, rows in found.items():
+        assert equal(rows, [values(program, ids)[node.name] for ids in data])
+
+
+def test_observe_hands_out_nothing_that_lies_in_no_block(tiny_model: Program) -> None:
+    program, found = tiny_model.clone(), []
+    observe(program, Context(calibration=batches((1, 4))), {program.outputs[0]: found.append}, "test")
+    assert not found
+
+
+def test_a_walk_tells_how_far_it_is(tiny_model: Program) -> None:
+    heard: list[Event] = []
+    log = Log("toy", heard.append)
+    for _ in walk(tiny_model.clone(), Context(log=log, calibration=batches((1, 4))), "compressed", "label"):
+        pass
+    assert heard == [Progress("label", done, 2, "toy") for done in range(3)]
+
+
+def test_a_stream_that_was_not_asked_for_is_not_there(tiny_model: Program) -> None:
+    ctx = Context(calibration=batches((1, 4)))
+    step = next(iter(walk(tiny_model.clone(), ctx, "float", "test")))
+    with pytest.raises(ValueError, match="compressed"):
+        step.observe({step.block.entry: lambda _: None})
+    step = next(iter(walk(tiny_model.clone(), ctx, "compressed", "test")))
+    with pytest.raises(ValueError, match="float"):
+        step.observe_float({step.block.entry.name: lambda _: None})
+
+
+@pytest.mark.parametrize("calibration", [None, []])
+def test_a_walk_needs_calibration(tiny_model: Program, calibration: list[Tensor] | None) -> None:
+    with pytest.raises(UsageError, match="--calib"):
+        next(iter(walk(tiny_model.clone(), Context(calibration=calibration), "compressed", "test")))
+
+
+def test_a_walk_needs_blocks() -> None:
+    s = Sketch(0)
+    embed, head = s.param("embed", s.random(40, 8)), s.param("head", s.random(40, 8))
+    ids = s.input("input_ids", hidden(dtype=I64))
+    s.input("attention_mask", hidden(dtype=I64))
+    h = s.call(aten.embedding.default, embed, ids, type=hidden(8))
+    program = s.program(s.call(aten.linear.default, h, head, type=hidden(40)), name="flat")
+    with pytest.raises(UnsupportedError, match="no repeated blocks") as caught:
+        next(iter(walk(program, Context(calibration=batches((1, 4), vocab=40)), "compressed", "test")))
+    assert "calib=none" in caught.value.fix
+
+
+def test_the_program_is_left_as_it_was(tiny_model: Program) -> None:
+    program = tiny_model.clone()
+    version = program.version
+    for step in walk(program, Context(calibration=batches((1, 4))), "both", "test"):
+        step.observe({step.block.exit: lambda _: None})
+    assert program.version == version
+    Editor(program, "test").sweep()
+    assert program.version == version
