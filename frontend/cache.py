@@ -1,4 +1,4 @@
-"""Traced graphs on disk: tracing takes longer than anything else before calibration, and depends on the config alone."""
+"""Traced graphs on disk: tracing is the slowest step before calibration, and depends on the configuration alone."""
 
 from __future__ import annotations
 

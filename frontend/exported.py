@@ -172,7 +172,7 @@ class _Importer:
             return value
         expr = getattr(getattr(value, "node", None), "expr", value)
         if hasattr(expr, "free_symbols"):
-            import sympy  # noqa: PLC0415  (torch has imported it already when there are symbols)
+            import sympy
 
             expr = expr.xreplace({s: sympy.Symbol(self.symbols.get(str(s), str(s))) for s in expr.free_symbols})
             if expr.is_Integer:

@@ -44,7 +44,7 @@ class CausalWithCache(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        from transformers.cache_utils import DynamicCache  # noqa: PLC0415
+        from transformers.cache_utils import DynamicCache
 
         # Without a configuration every layer keeps all keys and values; a sliding window is then the mask's business.
         cache = DynamicCache()
@@ -74,13 +74,13 @@ def skeleton(config: Any, attention: str = "sdpa", **options: Any) -> nn.Module:
 
     Untouched allocations take address space, not memory, while buffers such as rotary frequencies are computed.
     """
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-    from transformers.initialization import no_init_weights  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     with _quiet(), no_init_weights(), _skip_torch_init():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, **options
-        )
+        # Building a model writes dtype and attention into its configuration, which is the caller's.
+        own = copy.deepcopy(config)
+        model = AutoModelForCausalLM.from_config(own, dtype=torch.float32, attn_implementation=attention, **options)
     model.tie_weights()  # part of the initialisation that was skipped
     return model.eval().requires_grad_(False)
 
@@ -116,12 +116,12 @@ def cache_shapes(config: Any, attention: str) -> tuple[CacheShape, ...]:
 
     Raises UnsupportedError when a layer keeps anything but keys and values (recurrent state, compressed latents).
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
-    from transformers.cache_utils import DynamicCache  # noqa: PLC0415
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers.cache_utils import DynamicCache
 
     with torch.no_grad(), FakeTensorMode():
         # The default expert product has no fake form in float32; the batched one has, and caches do not depend on it.
-        model = skeleton(copy.deepcopy(config), attention, experts_implementation="batched_mm")
+        model = skeleton(config, attention, experts_implementation="batched_mm")
         out = model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=DynamicCache(), use_cache=True)
     # An encoder fills the cache it is given too, but returns none.
     layers = getattr(getattr(out, "past_key_values", None), "layers", ())
@@ -158,7 +158,8 @@ def trace(config: Any, name: str) -> Program:
             return _trace(config, name, attention)
         except UnsupportedError:
             raise
-        except Exception as error:  # the exporter raises whatever the model's own code raised
+        # The exporter lets through whatever the model's own code raises, which may be anything.
+        except Exception as error:  # noqa: BLE001
             reasons.append(f"{attention}: {type(error).__name__}: {_first_line(error)}")
     raise UnsupportedError(
         f"{getattr(config, 'model_type', 'the model')} cannot be traced",
@@ -173,7 +174,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _trace(config: Any, name: str, attention: str) -> Program:
-    from torch.export import Dim, export  # noqa: PLC0415
+    from torch.export import Dim, export
 
     with _quiet():
         model = skeleton(config, attention)
@@ -219,7 +220,7 @@ def _name_interface(program: Program) -> None:
 
 def fingerprint(config: Any) -> str:
     """Return a text that changes whenever the traced graph of this configuration could."""
-    import transformers  # noqa: PLC0415
+    import transformers
 
     fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     return json.dumps([fields, torch.__version__, transformers.__version__], sort_keys=True, default=str)

@@ -116,7 +116,7 @@ def _headers(path: Path) -> tuple[Any, Source, str]:
 
 
 def read_config(folder: Path) -> Any:
-    """Return the transformers configuration of a model directory; raises UnsupportedError when there is none it knows."""
+    """Return the transformers configuration of a model directory; raises UnsupportedError for none it knows."""
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -157,7 +157,7 @@ def _from_hub(repo: str, progress: Progress) -> Path:
             f"the model {repo} could not be fetched",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
             fix="check the name and the network, or give a local path",
-        ) from None
+        ) from error
 
 
 def _open_folder(folder: Path, progress: Progress) -> Model:

@@ -175,9 +175,7 @@ def rope_halves(
     lambda x, cos, sin, shape, end0, end1: aten.add(
         aten.mul(x, cos),
         aten.mul(
-            aten.flatten(
-                aten.stack([aten.neg(aten.slice(x, 3, 1, end1, 2)), aten.slice(x, 3, 0, end0, 2)], -1), shape
-            ),
+            aten.flatten(aten.stack([aten.neg(aten.slice(x, 3, 1, end1, 2)), aten.slice(x, 3, 0, end0, 2)], -1), shape),
             sin,
         ),
     ),
@@ -253,4 +251,3 @@ def _register_experts() -> None:
     def grouped_product(b: Builder, x: fx.Node, w: fx.Node, ends: fx.Node) -> fx.Node:
         """A product per span of rows that belong to one expert, weights stored outputs-first."""
         return b.call(nomul.grouped_linear, x, w, ends, like=b.root)
-

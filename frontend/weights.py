@@ -76,11 +76,13 @@ def open_checkpoint(folder: Path) -> Source:
     else:
         files = sorted(p.name for p in folder.glob("*.safetensors"))
     if not files:
-        pickles = [p.name for p in folder.glob("*.bin")]
+        pickles = ", ".join(p.name for p in folder.glob("*.bin"))
         raise UnsupportedError(
             "the model directory holds no safetensors weights",
             where=str(folder),
-            why=f"{', '.join(pickles)} is a pickle, which can run code" if pickles else "no *.safetensors file is there",
+            why=f"{', '.join(pickles)} is a pickle, which can run code"
+            if pickles
+            else "no *.safetensors file is there",
             fix="save the model with safe_serialization=True",
         )
     missing = [f for f in files if not (folder / f).is_file()]

@@ -68,9 +68,9 @@ def token_carriers(program: Program) -> dict[fx.Node, None]:
     """Return the calls that depend on the values of the first input (token ids), not only on its shape, in order."""
     carriers: dict[fx.Node, None] = {program.inputs[0]: None}
     for node in program.graph.nodes:
-        if node.op == "call_function" and not is_call(node, aten.sym_size):
-            if any(source in carriers for source in node.all_input_nodes):
-                carriers[node] = None
+        computed = node.op == "call_function" and not is_call(node, aten.sym_size)
+        if computed and any(source in carriers for source in node.all_input_nodes):
+            carriers[node] = None
     del carriers[program.inputs[0]]
     return carriers
 
@@ -161,7 +161,7 @@ def _signature(program: Program, nodes: list[fx.Node]) -> str:
     with warnings.catch_warnings():
         # networkx announces that directed hashes changed in 3.5; ours never leave this process.
         warnings.filterwarnings("ignore", message="The hashes produced for")
-        return nx.weisfeiler_lehman_graph_hash(view, node_attr="op", iterations=4)
+        return str(nx.weisfeiler_lehman_graph_hash(view, node_attr="op", iterations=4))
 
 
 def _label(node: fx.Node) -> str:
@@ -169,7 +169,7 @@ def _label(node: fx.Node) -> str:
 
 
 def _repetition(labels: list[str]) -> tuple[int, int, int]:
-    """Return start, period and count of the repetition that covers most labels; the shortest period, then start, wins."""
+    """Return start, period and count of the repetition that covers most labels; ties go to the shortest period."""
     best = (0, 1, 1)
     for period in range(1, len(labels) // 2 + 1):
         start = 0
@@ -186,7 +186,9 @@ def _repetition(labels: list[str]) -> tuple[int, int, int]:
 
 def _single_block(cuts: list[fx.Node]) -> tuple[int, int, int]:
     """Return start, period and count (1, or 0 for none) of a model with one layer: up to its last residual sum."""
-    sums = [i for i, cut in enumerate(cuts) if i and is_call(cut, aten.add) and cut.meta["type"] == cuts[0].meta["type"]]
+    sums = [
+        i for i, cut in enumerate(cuts) if i and is_call(cut, aten.add) and cut.meta["type"] == cuts[0].meta["type"]
+    ]
     return (0, sums[-1], 1) if sums else (0, 1, 0)
 
 

@@ -1,4 +1,4 @@
-"""A program as a directory: its text form and its weights in safetensors shards, written and read a tensor at a time."""
+"""A program as a directory: its text form, and its weights in safetensors shards that go a tensor at a time."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def write_safetensors(
         for name in names:
             # A zero-sized tensor has no bytes, and numpy refuses to view it as some.
             if types[name].nbytes:
-                data = memoryview(load(name).detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+                data = load(name).detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
                 handle.write(data)
                 digest.update(data)
             step()

@@ -10,7 +10,7 @@ from torch import fx
 
 from ir.errors import InvariantError
 from ir.overloads import resolve
-from ir.program import ORIGIN, PATH, TYPE, Program, rename
+from ir.program import HELD, ORIGIN, PATH, TYPE, Program, rename
 from ir.types import ValueType
 
 
@@ -114,14 +114,14 @@ class Editor:
         self._changed()
 
     def sweep(self) -> int:
-        """Remove calls and parameter nodes without users, drop parameters nothing reads; return how many nodes went."""
+        """Remove calls and parameter nodes without users, drop parameters nothing reads or holds; return how many nodes went."""
         graph, removed = self.program.graph, 0
         for node in reversed(list(graph.nodes)):
             if node.op in ("call_function", "get_attr") and not node.users:
                 graph.erase_node(node)
                 removed += 1
         self._attrs = None
-        read = {str(n.target) for n in self.program.param_nodes()}
+        read = {str(n.target) for n in self.program.param_nodes()} | set(self.program.attributes.get(HELD, ()))
         for name in [n for n in self.program.params if n not in read]:
             self.program.params.drop(name)
         if removed:

@@ -27,7 +27,7 @@ def empty_inputs(program: Program, ids: Tensor, dtype: torch.dtype = torch.float
 
 
 def next_inputs(program: Program, ids: Tensor, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return inputs for the next tokens ids [batch, new] after a run that gave `outputs`: its cache becomes the past."""
+    """Return inputs for the next tokens ids [batch, new] after a run that gave `outputs`: its cache is the past."""
     seen = outputs[1].shape[-2] if len(outputs) > 1 else 0
     mask = torch.ones(ids.shape[0], seen + ids.shape[1], dtype=ids.dtype)
     values = {program.inputs[0].name: ids, program.inputs[1].name: mask}
@@ -51,6 +51,10 @@ def run_in_parts(
 def logits_by_row(program: Program, ids: Tensor, plan: Layout | None = None) -> Iterator[Tensor]:
     """Yield the logits [1, seq, vocabulary] of each row of ids [rows, seq]; only one row's logits exist at a time."""
     plan = plan or layout(program)
+    if not plan.epilogue:  # nothing repeats: there is no common part to run once for all rows
+        for row in ids.split(1):
+            yield run_in_parts(program, empty_inputs(program, row), plan=plan)[0]
+        return
     values: dict[str, Tensor] = empty_inputs(program, ids)
     head = region(program, plan.epilogue, [program.outputs[0]])
     _run_parts(program, _parts(plan)[:-1], values, set(head.inputs), torch.float32)
@@ -78,14 +82,14 @@ def _run_parts(
 ) -> None:
     """Run parts in order on `values`, which grows by what later parts or `kept` need and shrinks by what none does."""
     owner = {node: index for index, nodes in enumerate(parts) for node in nodes}
-    last_use = {n: max((owner.get(u, len(parts)) for u in n.users), default=-1) for n in owner}
+    last_use = {n: max((owner[u] for u in n.users if u in owner), default=-1) for n in owner}
 
     def load(name: str) -> Tensor:
         tensor = program.params.get(name)
         return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
 
     for index, nodes in enumerate(parts):
-        outputs = [n for n in nodes if n in kept or index < last_use[n] <= len(parts) - 1]
+        outputs = [n for n in nodes if n in kept or index < last_use[n]]
         part = region(program, nodes, outputs)
         module = part.module({name: load(name) for name in part.params})
         with torch.no_grad():

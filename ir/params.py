@@ -253,7 +253,7 @@ class ParamStore:
         self._serial += 1
         path = self._scratch / f"{self._serial:06d}.bin"
         with path.open("wb") as handle:
-            handle.write(memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
+            handle.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         with path.open("rb") as handle:
             view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
         # The mapping keeps the bytes alive; unlinking now means that a killed run leaves nothing behind.

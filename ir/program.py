@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -15,12 +15,16 @@ from ir.types import TensorType, ValueType
 # Keys of `node.meta` that belong to the IR; nothing else survives a dump and parse.
 TYPE, PATH, ORIGIN = "type", "path", "origin"
 
+# Key of `Program.attributes`: parameters that no node reads but a later pass will, such as scales still to be folded.
+HELD = "held"
+
 LEVELS = ("model", "compressed", "target")
 
 
 def type_of(node: fx.Node) -> ValueType:
     """Return the type recorded on a node; raises KeyError when a pass forgot to give one."""
-    return node.meta[TYPE]
+    kind: ValueType = node.meta[TYPE]
+    return kind
 
 
 def tensor_type_of(node: fx.Node) -> TensorType:
@@ -72,7 +76,7 @@ class Program:
         """Return the node of that name; raises KeyError."""
         for candidate in self.graph.nodes:
             if candidate.name == name:
-                return candidate
+                return cast(fx.Node, candidate)
         raise KeyError(f"no node named {name}")
 
     def calls(self, *targets: Any) -> Iterator[fx.Node]:
@@ -142,7 +146,7 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 def flat_name(name: str) -> str:
-    """Return the attribute under which a module holds parameter `name`; dots would nest modules and slow every access."""
+    """Return the attribute under which a module holds parameter `name`; dots would nest modules and slow access."""
     return "p_" + "".join(c if c.isalnum() else "_" for c in name)
 
 
@@ -156,7 +160,8 @@ def graph_module(
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph, copies))
-    root, taken = nn.Module(), {}
+    root = nn.Module()
+    taken: dict[str, str] = {}
     for node in copy.nodes:
         if node.op != "get_attr":
             continue

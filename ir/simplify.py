@@ -23,8 +23,8 @@ def _key(value: Any) -> Any:
         return tuple(sorted((k, _key(v)) for k, v in value.items()))
     if isinstance(value, slice):
         return ("slice", _key(value.start), _key(value.stop), _key(value.step))
-    # 1, 1.0 and True are equal to Python but not to an operator.
-    return (type(value).__name__, value)
+    # 1, 1.0 and True are equal to Python but not to an operator, and so are 0.0 and -0.0, which their texts tell apart.
+    return (type(value).__name__, str(value) if isinstance(value, float) else value)
 
 
 def pure(node: fx.Node) -> bool:
@@ -37,7 +37,8 @@ def pure(node: fx.Node) -> bool:
 
 def merge_duplicates(program: Program, by: str) -> int:
     """Make equal pure calls one call; return how many were merged."""
-    editor, seen, merged = Editor(program, by), {}, 0
+    editor, merged = Editor(program, by), 0
+    seen: dict[Any, fx.Node] = {}
     for node in list(program.graph.nodes):
         if node.op != "call_function" or not pure(node):
             continue
@@ -64,7 +65,7 @@ def fold_constants(program: Program, by: str) -> int:
             continue
         args = fx.map_arg(node.args, program.value)
         kwargs = fx.map_arg(node.kwargs, program.value)
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)
         if not isinstance(value, torch.Tensor) or tensor_type(value) != kind:
             continue
         name = editor.fresh(f"constants.{node.name}")

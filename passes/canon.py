@@ -27,8 +27,9 @@ class Canon(Pass):
         while True:
             version = program.version
             total["merged"] += merge_duplicates(program, self.name)
-            total["folded"] += fold_constants(program, self.name)
+            # Folding sweeps up after itself, so what was dead before it is swept and counted first.
             total["removed"] += Editor(program, self.name).sweep()
+            total["folded"] += fold_constants(program, self.name)
             if program.version == version:
                 break
         ctx.log.report(site=program.name, **{k: float(v) for k, v in total.items()})

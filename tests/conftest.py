@@ -74,6 +74,17 @@ def tiny_model(tiny_hf: Path, cache_home: Path) -> Program:
 
 
 @pytest.fixture(scope="session")
+def untied_model(tmp_path_factory: pytest.TempPathFactory, cache_home: Path) -> Program:
+    """A tiny llama whose head has a weight of its own."""
+    from frontend.open import open_model
+
+    folder = write_folder(tmp_path_factory.mktemp("hf") / "untied", tie_word_embeddings=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache_home))
+        return open_model(str(folder)).program
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The directory of evaluation texts (`wikitext2/...`): $NOMUL_DATA, or `shared/data` in or beside the checkout."""
     root = Path(__file__).resolve().parent.parent

@@ -47,6 +47,9 @@ RARE = {
     "granite": ([*LLAMA, "norm->head"], []),
     "qwen3_moe": ([*LLAMA, "norm->head"], []),
     "starcoder2": (GPT, ["fc1->fc2", "norm->head"]),
+    "gptj": ([*PARALLEL, "norm->head"], ["fc1->fc2"]),
+    "gemma2": (LLAMA, ["norm->head", "norm->linears", "norm->linears"]),
+    "bloom": (GPT, ["norm->linears", "norm->head"]),
 }
 CASES = [*EXPECTED, *(pytest.param(name, marks=pytest.mark.slow) for name in RARE)]
 

@@ -228,11 +228,11 @@ def test_scales_on_a_group_that_is_gone_are_an_error() -> None:
         fold(program)
 
 
-def test_swept_scales_are_an_error() -> None:
+def test_lost_scales_are_an_error() -> None:
     program = traced("llama", 1)[0]
     group = norm_group(program)
     annotate(program, group, spread(group), "test")
-    Editor(program, "test").sweep()
+    program.params.drop(program.attributes[RECORDS][0]["param"])
     with pytest.raises(InvariantError, match="are gone"):
         fold(program)
 

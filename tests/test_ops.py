@@ -116,8 +116,6 @@ def test_every_nomul_op_is_covered_here() -> None:
 def test_opcheck(op: Callable[..., Tensor], args: tuple[Any, ...], wrt: tuple[int, ...]) -> None:
     leaves = tuple(a.detach().clone().requires_grad_() if i in wrt else a for i, a in enumerate(args))
     torch.library.opcheck(op, leaves)
-    if wrt:
-        torch.library.opcheck(op, args)
 
 
 @pytest.mark.parametrize(("op", "args", "wrt"), [case for case in op_cases() if case.values[2]])
@@ -255,16 +253,14 @@ def test_negative_terms_and_offsets_are_exercised_by_the_exactness_test() -> Non
 
 
 def test_one_wrong_code_shows() -> None:
-    codes = random_codes(5, 24, 8, planes=1, terms=2, whole=True)
+    codes = random_codes(5, 24, 8, planes=1, terms=2, offsets=False, whole=True)
     x = torch.randint(1, 128, (4, 24)).double()
     args = list(shift_args(codes, x, None))
     right = nomul.shiftadd_linear(*args)
     args[1] = codes.signs.clone()
     args[1][0, 2, 0] ^= 1
-    changed = (shiftadd_by_shifts(*args) != right).any(0)
-    assert changed.nonzero().flatten().tolist() in ([2], [])
-    args[1] = codes.signs ^ 0xFF
-    assert not torch.equal(shiftadd_by_shifts(*args), right)
+    assert dequantize(codes, F64)[2, 0] != 0
+    assert (shiftadd_by_shifts(*args) != right).any(0).tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("zeros", [True, False])

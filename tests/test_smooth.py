@@ -12,7 +12,7 @@ from ir.program import Program
 from ir.verify import verify
 from passes.base import Context, Log, OptionError
 from passes.equiv.discover import discover
-from passes.equiv.groups import RECORDS, EquivGroup, TieMap
+from passes.equiv.groups import RECORDS, EquivGroup, TieMap, annotate, clear, recorded
 from passes.fold import Fold
 from passes.manager import Settings, run_pipeline
 from passes.pipeline import parse
@@ -150,3 +150,15 @@ def test_closed_form_and_floors_by_hand() -> None:
 def test_tied_maximum_by_hand() -> None:
     tie = TieMap(torch.tensor([1, -1, 0, 1]))
     assert tied_maximum(tie, torch.tensor([3.0, 9.0, 2.0, 5.0]), 3).tolist() == [2, 5, 0]
+
+
+def test_a_pass_that_sweeps_between_smooth_and_fold_keeps_the_scales():
+    program, _ = traced("llama_untied")
+    group = discover(program).of("norm->linears")[0]
+    annotate(program, group, torch.full((group.size,), 2.0, dtype=torch.float64), "test")
+    Editor(program, "test").sweep()
+    assert len(list(recorded(program))) == 1
+    clear(program)
+    Editor(program, "test").sweep()
+    assert not any(name.startswith("scales.") for name in program.params)
+    assert "held" not in program.attributes

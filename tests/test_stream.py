@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from ir.analysis import blocks, linear_sites
 from ir.edit import Editor
 from ir.errors import UnsupportedError, UsageError
-from ir.execute import empty_inputs
 from ir.ops.packing import pack_bits
 from ir.ops.quant import QuantCodes
 from ir.program import Program, is_call
@@ -20,35 +19,10 @@ from passes.base import Context, Event, Log, Progress
 from passes.quantize.uniform import rtn
 from passes.sites import put_quant_codes
 from passes.stream import Step, observe, walk
-from tests.hf_folder import VOCAB
 from tests.programs import I64, Sketch, aten, hidden
+from tests.watch import batches, values
 
 SHAPES = ((2, 8), (1, 5), (2, 8), (3, 1))
-
-
-def batches(*shapes: tuple[int, int], vocab: int = VOCAB) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(0, vocab, shape, generator=generator) for shape in shapes]
-
-
-class Watch(fx.Interpreter):
-    """Runs a whole program and keeps every value by node name."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.module())  # type: ignore[arg-type]
-        self.seen: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        self.seen[n.name] = value = super().run_node(n)
-        return value
-
-
-def values(program: Program, ids: Tensor) -> dict[str, Tensor]:
-    """What every node of a program computes for these tokens, in one run of the whole."""
-    watch = Watch(program)
-    with torch.no_grad():
-        watch.run(*empty_inputs(program, ids).values())
-    return watch.seen
 
 
 def keep(into: list[Tensor]) -> Callable[[Tensor], None]:

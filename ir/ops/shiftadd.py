@@ -122,5 +122,3 @@ def shiftadd_cost(codes: ShiftCodes, tokens: int, element: int = 4) -> Cost:
     adds = tokens * bytes_per_row * 128 + lookups + scale_terms + offset_terms
     moved = codes.stored_bits // 8 + tokens * (codes.rows + codes.in_features) * element
     return Cost(moved, 0, adds, scale_terms + offset_terms)
-
-

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ir.errors import InvariantError
-from ir.program import Program
+from ir.program import HELD, Program
 
 Kind = Literal["norm->linears", "norm->head", "v->o", "q<->k", "up->down", "fc1->fc2"]
 Axis = Literal["rows", "cols", "gain"]
@@ -119,6 +119,7 @@ def annotate(program: Program, group: EquivGroup, s: Tensor, by: str) -> None:
     record = {"kind": group.kind, "site": group.site, "param": name}
     others = [r for r in program.attributes.get(RECORDS, []) if r["param"] != name]
     program.attributes[RECORDS] = [*others, record]
+    program.attributes[HELD] = sorted({*program.attributes.get(HELD, []), name})
     program.version += 1
 
 
@@ -130,7 +131,7 @@ def recorded(program: Program) -> Iterator[tuple[str, str, Tensor]]:
             raise InvariantError(
                 f"the scales @{record['param']} are gone",
                 where=record["site"],
-                why="a pass swept parameters that no node reads, between the pass that left them and fold",
+                why="a pass between the one that left them and fold dropped them from the store",
                 fix="run fold directly after the passes that leave scales",
             )
         yield record["kind"], record["site"], program.params.get(record["param"]).double()
@@ -138,6 +139,10 @@ def recorded(program: Program) -> Iterator[tuple[str, str, Tensor]]:
 
 def clear(program: Program) -> None:
     """Remove all records and their scales."""
-    for record in program.attributes.pop(RECORDS, []):
+    records = program.attributes.pop(RECORDS, [])
+    held = set(program.attributes.pop(HELD, [])) - {record["param"] for record in records}
+    if held:
+        program.attributes[HELD] = sorted(held)
+    for record in records:
         program.params.drop(record["param"])
         program.version += 1

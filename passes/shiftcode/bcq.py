@@ -130,7 +130,7 @@ def solve_rounded(normal: Tensor, right: Tensor, rounding: Rounding | None, offs
 
     normal: [R, q+1, q+1] symmetric, right: [R, q+1]; returns z [R] and alpha [R, q] (any sign). Elimination runs from
     the last unknown up, so each unknown is the optimum given those already rounded and free later ones: GPTQ's error
-    feedback on the scale vector (handbook section 6.2 item 2). Without rounding it is the exact solution.
+    feedback (Frantar et al. 2023) on the scale vector. Without rounding it is the exact solution.
     """
     skip = 0 if offset else 1
     m, b = normal[:, skip:, skip:].clone(), right[:, skip:].clone()
@@ -163,7 +163,7 @@ def cell_normal(codes: Tensor, w: Tensor, weight: Tensor, planes: int) -> tuple[
 
 
 def greedy_start(w: Tensor, weight: Tensor, planes: int, offset: bool) -> tuple[Tensor, Tensor]:
-    """Return alpha [R, planes], z [R] of residual greedy coding, each scale the mean |residual| (handbook 1.1)."""
+    """Return alpha [R, planes], z [R] of residual greedy coding, each scale the mean |residual|."""
     total = weight.sum(1, keepdim=True) + 1e-300
     z = (weight * w).sum(1, keepdim=True) / total if offset else torch.zeros_like(total)
     residual, scales = w - z, []
@@ -199,8 +199,7 @@ def fit_bcq(
     w: [R, n]; weight: [n] or [R, n] >= 0, the importance of each column, default 1; rounding: power-of-two rounding of
     the scales inside every round, None keeps real scales; rounds: alternations at most, a row stops when its codes
     repeat; starts: greedy plus uniform codebooks. The best iterate of each row over all starts is returned
-    (ShiftAddLLM, arXiv 2406.05981, Alg. 1, with importance weights, exact solves and keep-best: handbook section 6.2
-    item 4).
+    (ShiftAddLLM, arXiv 2406.05981, Alg. 1, with importance weights, exact solves and keep-best).
     """
     w = w.double().contiguous()
     weight = torch.ones_like(w) if weight is None else weight.double().expand_as(w).contiguous()

@@ -79,8 +79,9 @@ def solve(weight: Tensor, hessian: Tensor | None, spec: ShiftSpec, *, tokens: in
 
     hessian: [K, K] Gram matrix of the inputs, any positive scale, or None for the identity (data-free: every group is
     fitted alone). tokens, site: for messages. GPTQ (Frantar et al. 2023, Alg. 1) with each group's scales fitted when
-    the loop reaches it, on error-compensated weights (ShiftAddLLM section 4.2) weighted by 1/U_jj^2 (handbook section
-    6.3). Raises UsageError for a weight that is not a finite matrix or a Hessian of another size.
+    the loop reaches it, on error-compensated weights (ShiftAddLLM section 4.2) weighted by 1/U_jj^2, the curvature a
+    column has left once later ones compensate. Raises UsageError for a weight that is not a finite matrix or a Hessian
+    of another size.
     """
     _check(weight, hessian, site)
     w = weight.double()
@@ -222,7 +223,8 @@ def polish_group(
     """Alternate a joint scale refit and one coordinate sweep over the codes under the group's full Hessian; keep best.
 
     w: [N, n] targets; h: [n, n], for a group inside the loop the Schur complement in which later columns are free;
-    alpha [N, q], z [N], codes [N, n]. Handbook section 6.2 items 1 to 3, restricted to one group.
+    alpha [N, q], z [N], codes [N, n]. The refit is the least-squares solution in the Hessian's metric with codes fixed,
+    the sweep minimises one code at a time.
     """
     best = [alpha.clone(), z.clone(), codes.clone()]
     lowest = quadratic(w - code_levels(alpha, z).gather(1, codes), h)

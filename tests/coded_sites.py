@@ -1,0 +1,44 @@
+"""Sites that a compressing pass has rewritten: their stored parts, and the weight these decode to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from ir.ops.quant import QuantCodes
+from ir.ops.shiftcode import ShiftCodes
+from ir.program import PATH, Program, is_call
+
+nomul = torch.ops.nomul
+
+
+def coded(program: Program) -> dict[str, fx.Node]:
+    """The coded linears of a program, by site name."""
+    return {str(n.meta[PATH]): n for n in program.calls(nomul.shiftadd_linear, nomul.quant_linear)}
+
+
+def parts(program: Program, node: fx.Node) -> list[Tensor | None]:
+    """The stored tensors of a coded linear, None for an absent one."""
+    count = 5 if is_call(node, nomul.shiftadd_linear) else 4
+    return [None if a is None else program.value(a) for a in node.args[1:count]]  # type: ignore[arg-type]
+
+
+def stored_bytes(program: Program, node: fx.Node) -> int:
+    """Bytes of the stored tensors of a coded linear."""
+    return sum(t.numel() * t.element_size() for t in parts(program, node) if t is not None)
+
+
+def decoded(program: Program, node: fx.Node) -> Tensor:
+    """The weight [rows, inputs] that the stored parts stand for, float64."""
+    found = parts(program, node)
+    inputs = int(node.args[0].meta["type"].dims[-1])  # type: ignore[union-attr]
+    one, two = (int(a) for a in node.args[-2:])  # type: ignore[arg-type]
+    if is_call(node, nomul.shiftadd_linear):
+        return ShiftCodes(*found, one, two, inputs).dequantize(torch.float64)  # type: ignore[arg-type]
+    return QuantCodes(*found, one, two, inputs).dequantize(torch.float64)  # type: ignore[arg-type]
+
+
+def same_parts(a: Program, b: Program, site: str) -> bool:
+    """Whether a site stores the same bytes in two programs."""
+    pairs = zip(parts(a, coded(a)[site]), parts(b, coded(b)[site]), strict=True)
+    return all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)  # type: ignore[arg-type]

@@ -1,0 +1,274 @@
+"""`shiftadd`: what is stored is what runs, siblings do not mix, nothing is left alone silently, and plans are exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import passes.shiftadd
+from ir.analysis import linear_sites
+from ir.errors import UnsupportedError, UsageError
+from ir.params import Entry, MemorySource
+from ir.program import Program
+from ir.text import dump
+from ir.verify import verify
+from passes.base import Context, Diagnostic, Log, OptionError, PlanRow
+from passes.pipeline import parse
+from passes.shiftadd import ShiftAdd
+from tests.coded_sites import coded, decoded, parts, same_parts, stored_bytes
+from tests.golden import check_golden
+from tests.watch import batches, values
+
+DATA = batches((4, 32), (4, 32))
+SITES = [
+    f"model.layers.{k}.{part}"
+    for k in range(2)
+    for part in (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    )
+]
+
+
+def compress(program: Program, work: Path | None = None, data: Any = DATA, **options: Any) -> tuple[Program, Log]:
+    """A compressed copy of a program and what the pass said; two planes of groups of 16 unless told otherwise."""
+    program, log = program.clone(), Log("shiftadd")
+    chosen = ShiftAdd(**{"bits": 2, "group": 16, "rounds": 2, **options})
+    chosen.validate()
+    chosen.run(program, Context(log=log, calibration=data, work=work))
+    return program, log
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Program) -> tuple[Program, Log]:
+    return compress(tiny_model)
+
+
+def test_every_linear_of_the_blocks_is_coded(plain: tuple[Program, Log]) -> None:
+    program, log = plain
+    assert sorted(coded(program)) == sorted(SITES) == sorted(r.site for r in log.reports)
+    assert {n.args[-2:] for n in coded(program).values()} == {(16, 2)}
+    assert not any(f"{name}.weight" in program.params for name in SITES)
+    verify(replace(program, level="compressed"), full=True)
+
+
+def test_the_codes_that_are_stored_are_what_runs(plain: tuple[Program, Log], tiny_model: Program) -> None:
+    program, _ = plain
+    seen = values(program, DATA[0])
+    originals = {s.name: tiny_model.params.get(s.weight) for s in linear_sites(tiny_model, tiny_model.graph.nodes)[0]}
+    for name, node in coded(program).items():
+        weight = decoded(program, node)
+        x, y = (seen[n.name].double() for n in (node.args[0], node))  # type: ignore[union-attr]
+        torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-5)
+        assert weight.shape == originals[name].shape and not torch.equal(weight, originals[name].double())
+
+
+def test_reported_figures_are_those_of_the_stored_codes(plain: tuple[Program, Log], tiny_model: Program) -> None:
+    program, log = plain
+    figures = {r.site: r.figures for r in log.reports}
+    originals = {s.name: s for s in linear_sites(tiny_model, tiny_model.graph.nodes)[0]}
+    for name, node in coded(program).items():
+        rows, inputs = originals[name].rows, originals[name].inputs
+        assert figures[name]["bytes"] == stored_bytes(program, node)
+        assert figures[name]["bits"] == 8 * stored_bytes(program, node) / (rows * inputs)
+    # The inputs of the first block's q_proj are the float model's own, so its error can be measured from outside.
+    name = SITES[0]
+    node, weight = originals[name].node, tiny_model.params.get(originals[name].weight).double()
+    x = torch.cat([values(tiny_model, ids)[node.args[0].name].flatten(0, 1) for ids in DATA]).double()  # type: ignore[union-attr]
+    error = x @ (weight - decoded(program, coded(program)[name])).T
+    found = float(error.norm() / (x @ weight.T).norm())
+    assert figures[name]["rel_error"] == pytest.approx(found, rel=1e-4)
+    assert figures[name]["sqnr_db"] == pytest.approx(-20 * torch.log10(torch.tensor(found)).item(), abs=1e-3)
+
+
+def test_siblings_solved_together_are_solved_as_if_alone(plain: tuple[Program, Log], tiny_model: Program) -> None:
+    for name in (SITES[0], SITES[1], SITES[4]):
+        others = tuple(s for s in SITES if s != name)
+        alone, _ = compress(tiny_model, skip=others)
+        assert list(coded(alone)) == [name] and same_parts(alone, plain[0], name)
+
+
+def test_later_blocks_are_fitted_to_what_earlier_ones_left(plain: tuple[Program, Log], tiny_model: Program) -> None:
+    name = "model.layers.1.self_attn.q_proj"
+    first_float, _ = compress(tiny_model, skip=("model.layers.0.*",))
+    assert not same_parts(first_float, plain[0], name)
+
+
+def test_data_free_sites_do_not_depend_on_each_other_or_on_data(tiny_model: Program) -> None:
+    free, _ = compress(tiny_model, calib="none", data=None)
+    other, _ = compress(tiny_model, calib="none", skip=("model.layers.0.*",))
+    assert sorted(coded(free)) == sorted(SITES)
+    assert all(same_parts(free, other, name) for name in coded(other))
+    assert ShiftAdd(calib="none").needs() is None and ShiftAdd().needs() is not None
+
+
+def test_it_needs_text_unless_told_otherwise(tiny_model: Program) -> None:
+    with pytest.raises(UsageError, match="needs calibration text"):
+        compress(tiny_model, data=None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("v_proj", [s for s in SITES if "v_proj" in s]),
+        ("model.layers.1.*", SITES[7:]),
+        ("*.0.*_proj", SITES[:7]),
+        ("q", []),
+    ],
+)
+def test_sites_named_by_skip_stay_float_and_are_recorded(tiny_model: Program, pattern: str, left: list[str]) -> None:
+    program, log = compress(tiny_model, skip=(pattern,), calib="none", rounds=0)
+    found = {d.site: d for d in log.diagnostics if d.site != "lm_head"}
+    assert found == {s: Diagnostic(s, f"skip={pattern} names it", "shiftadd") for s in left}
+    assert sorted(coded(program)) == sorted(set(SITES) - set(left))
+    kept = {s.name for s in linear_sites(program, program.graph.nodes)[0]}
+    assert kept == set(left)
+
+
+def test_a_tied_head_is_recorded(plain: tuple[Program, Log]) -> None:
+    reason = "its weight model.embed_tokens.weight is shared with another reader"
+    assert plain[1].diagnostics == [Diagnostic("lm_head", reason, "shiftadd")]
+
+
+def test_a_head_of_its_own_is_outside_the_blocks(untied_model: Program) -> None:
+    program, log = compress(untied_model, calib="none", rounds=0)
+    assert [d.site for d in log.diagnostics] == ["lm_head"] and "outside the repeated blocks" in log.diagnostics[0].reason
+    assert "lm_head" not in coded(program)
+
+
+def heavy_tailed(program: Program) -> Program:
+    """A copy with weights of Student's t with four degrees of freedom."""
+    program, generator = program.clone(), torch.Generator().manual_seed(1)
+    for site in linear_sites(program, program.graph.nodes)[0]:
+        normal, spread = (torch.randn(site.rows, site.inputs, n, generator=generator) for n in (1, 4))
+        weight = 0.1 * normal[..., 0] / spread.square().mean(-1).sqrt()
+        kind = program.params.type_of(site.weight)
+        program.params.enter(site.weight, Entry(MemorySource({site.weight: weight}), site.weight, kind))
+    return program
+
+
+# What optimal scalar quantisers of the whole distribution reach on Gaussian weights: 4.4, 9.3, 14.6 dB and so on.
+FLOORS = {"gaussian": {1: 4.4, 2: 9.3, 3: 15.0, 4: 20.2}, "heavy": {1: 3.0, 2: 8.5, 3: 14.5, 4: 19.5}}
+
+
+@pytest.mark.parametrize(("shape", "calib"), [("gaussian", "none"), ("gaussian", "stream"), ("heavy", "none")])
+def test_signal_to_noise_grows_with_bits(tiny_model: Program, shape: str, calib: str) -> None:
+    program = tiny_model if shape == "gaussian" else heavy_tailed(tiny_model)
+    last: dict[str, float] = {}
+    for bits, floor in FLOORS[shape].items():
+        _, log = compress(program, bits=bits, group=32, rounds=4, calib=calib)
+        found = {r.site: r.figures["sqnr_db"] for r in log.reports}
+        assert min(found.values()) >= floor
+        assert all(found[site] > last.get(site, 0.0) + 3 for site in found)
+        last = found
+
+
+def test_looking_at_the_inputs_pays(tiny_model: Program) -> None:
+    program, _ = compress(tiny_model)
+    free, _ = compress(tiny_model, calib="none")
+
+    def error(found: Program) -> float:
+        name = values(tiny_model, DATA[0])[tiny_model.outputs[0].name]
+        return float((values(found, DATA[0])[found.outputs[0].name] - name).norm())
+
+    assert error(program) < error(free)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3, "group": 16},
+        {"bits": 1, "group": 32, "terms": 1, "offset": False},
+        {"bits": 2, "group": 8, "terms": 3},
+        {"bits": 5, "group": 32, "skip": ("v_proj", "model.layers.1.mlp.*")},
+    ],
+)
+def test_planned_bytes_are_the_bytes_that_get_stored(tiny_model: Program, options: dict[str, Any]) -> None:
+    planned: dict[str, PlanRow] = {row.site: row for row in ShiftAdd(**options).plan(tiny_model)}
+    program, log = compress(tiny_model, calib="none", rounds=0, **options)
+    reports = {r.site: r.figures for r in log.reports}
+    assert set(planned) == set(reports) == set(coded(program))
+    for name, node in coded(program).items():
+        assert planned[name].figures["bytes"] == reports[name]["bytes"] == stored_bytes(program, node)
+        assert planned[name].figures["bits"] == reports[name]["bits"]
+        assert planned[name].figures["weights"] == reports[name]["weights"]
+        assert (parts(program, node)[3] is None) == (options.get("offset") is False)
+
+
+def test_planning_changes_nothing(tiny_model: Program) -> None:
+    program = tiny_model.clone()
+    ShiftAdd(group=16).plan(program)
+    assert program.version == tiny_model.version and dump(program) == dump(tiny_model)
+
+
+def test_a_group_must_divide_every_input(tiny_model: Program) -> None:
+    with pytest.raises(UnsupportedError, match="group 48 of pass shiftadd does not divide") as caught:
+        compress(tiny_model, group=48)
+    assert "has 32 inputs" in caught.value.where and "32, 16, 8" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("bits", 0), ("bits", 9), ("terms", 4), ("group", 0), ("rounds", -1), ("damp", 0.0), ("damp", 1.5)],
+)
+def test_options_out_of_range(option: str, value: float) -> None:
+    with pytest.raises(OptionError, match=f"option {option} of pass shiftadd"):
+        parse(f"shiftadd{{{option}={value}}}")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(tiny_model: Program, bad: float) -> None:
+    program = tiny_model.clone()
+    name = f"{SITES[9]}.weight"
+    program.params.put(name, program.params.get(name).index_fill(0, torch.tensor([1]), bad), "test")
+    with pytest.raises(UnsupportedError, match="not finite") as caught:
+        compress(program, calib="none", rounds=0)
+    assert caught.value.where == name and "32 of its" in caught.value.why
+
+
+def test_the_result_is_the_same_every_time(plain: tuple[Program, Log], tiny_model: Program) -> None:
+    again, log = compress(tiny_model)
+    assert dump(again) == dump(plain[0]) and log.reports == plain[1].reports
+    assert all(torch.equal(again.params.get(n), plain[0].params.get(n)) for n in again.params)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_finished_blocks_are_taken_from_the_work_folder(
+    plain: tuple[Program, Log], tiny_model: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    compress(tiny_model, work=tmp_path)
+    for index in range(2 - lost, 2):
+        (tmp_path / f"block-{index:04d}.json").unlink()
+    solved: list[str] = []
+    real = passes.shiftadd.solve
+
+    def solve(weight: Tensor, hessian: Tensor | None, spec: Any, **more: Any) -> Any:
+        solved.append(more["site"])
+        return real(weight, hessian, spec, **more)
+
+    monkeypatch.setattr(passes.shiftadd, "solve", solve)
+    again, log = compress(tiny_model, work=tmp_path)
+    assert {int(name.split(".")[2]) for name in solved} == set(range(2 - lost, 2))
+    assert dump(again) == dump(plain[0]) and log.reports == plain[1].reports
+    assert all(torch.equal(again.params.get(n), plain[0].params.get(n)) for n in again.params)
+
+
+def test_two_sites_of_one_path_are_kept_apart_on_disk(tiny_model: Program, tmp_path: Path) -> None:
+    program = tiny_model.clone()
+    for site in linear_sites(program, program.graph.nodes)[0]:
+        site.node.meta["path"] = site.name.rpartition(".")[0]
+    first, _ = compress(program, work=tmp_path)
+    again, _ = compress(program, work=tmp_path)
+    assert dump(first) == dump(again)
+    assert all(torch.equal(again.params.get(n), first.params.get(n)) for n in again.params)
+
+
+def test_golden_dump(plain: tuple[Program, Log], request: pytest.FixtureRequest) -> None:
+    program = plain[0].clone()
+    program = replace(program, level="compressed", history=(*program.history, "shiftadd{bits=2 group=16 rounds=2}"))
+    check_golden("shiftadd.ir", dump(program), request)
