@@ -68,27 +68,32 @@ def open_checkpoint(folder: Path) -> Source:
     Raises UnsupportedError when there are none (pickled weights are never loaded) or a shard is missing or damaged.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UnsupportedError("the shard index is damaged", where=str(index), why=str(error)) from None
-    else:
-        files = sorted(p.name for p in folder.glob("*.safetensors"))
+    files = _shards(index) if index.is_file() else sorted(p.name for p in folder.glob("*.safetensors"))
     if not files:
         pickles = ", ".join(p.name for p in folder.glob("*.bin"))
         raise UnsupportedError(
             "the model directory holds no safetensors weights",
             where=str(folder),
-            why=f"{', '.join(pickles)} is a pickle, which can run code"
-            if pickles
-            else "no *.safetensors file is there",
+            why=f"{pickles} is a pickle, which can run code" if pickles else "no *.safetensors file is there",
             fix="save the model with safe_serialization=True",
         )
     missing = [f for f in files if not (folder / f).is_file()]
     if missing:
         raise UnsupportedError("weight shards are missing", where=str(folder), why=", ".join(missing))
     return JoinedSource([SafetensorsSource(folder / f) for f in files])
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the files that a shard index names; raises UnsupportedError unless they are all names in its folder."""
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedError("the shard index is damaged", where=str(index), why=repr(error)) from None
+    strange = [f for f in files if not isinstance(f, str) or Path(f).name != f]
+    if strange or not files:
+        why = f"{strange[0]!r} is no file name" if strange else "it names no files"
+        raise UnsupportedError("the shard index is damaged", where=str(index), why=why)
+    return sorted(files)
 
 
 def bind_weights(program: Program, source: Source, prefixes: tuple[str, ...] = ()) -> list[str]:
@@ -145,11 +150,20 @@ def bind_through_transformers(program: Program, folder: Path, config: Any) -> No
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UnsupportedError("transformers cannot load the weights", where=str(folder), why=str(error)) from None
+    # What transformers does not find it makes up at random, and only logs that it did.
+    absent = sorted(str(name) for name in loaded["missing_keys"])
+    if absent:
+        raise missing_weights(folder, absent)
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters(remove_duplicate=False)}
     missing = bind_weights(program, MemorySource(tensors))
     if missing:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ir.errors import UnsupportedError
+from ir.errors import InvariantError, UnsupportedError
 from ir.params import ParamStore, SafetensorsSource
 from ir.parse import parse
 from ir.program import Program
 from ir.text import dump
-from ir.types import TensorType
+from ir.types import TensorType, tensor_type
 
 SHARD_BYTES = 1 << 30
 PROGRAM_FILE, MANIFEST_FILE = "program.ir", "manifest.json"
@@ -64,7 +64,13 @@ def read_program(folder: Path) -> Program:
     params = ParamStore()
     for shard in sorted(folder.glob("weights-*.safetensors")):
         params.add_source(SafetensorsSource(shard))
-    return parse(text_file.read_text(encoding="utf-8"), params)
+    try:
+        text = text_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UnsupportedError(
+            "the program text is damaged", where=str(text_file), why=str(error), fix="compile the model again"
+        ) from None
+    return parse(text, params)
 
 
 def read_manifest(folder: Path) -> dict[str, object]:
@@ -92,7 +98,10 @@ def write_safetensors(
     load: Callable[[str], torch.Tensor],
     step: Callable[[], None] = lambda: None,
 ) -> str:
-    """Write tensors to a safetensors file one at a time, widest dtype first for alignment; return the sha256."""
+    """Write tensors to a safetensors file one at a time, widest dtype first for alignment; return the sha256.
+
+    Raises InvariantError for a tensor that is not of its type.
+    """
     names = sorted(types, key=lambda n: (-types[n].dtype.itemsize, n))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -111,7 +120,10 @@ def write_safetensors(
         for name in names:
             # A zero-sized tensor has no bytes, and numpy refuses to view it as some.
             if types[name].nbytes:
-                data = load(name).detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                tensor = load(name).detach()
+                if tensor_type(tensor) != types[name]:
+                    raise InvariantError(f"{name} is {tensor_type(tensor)} but was promised to be {types[name]}")
+                data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 handle.write(data)
                 digest.update(data)
             step()

@@ -114,7 +114,7 @@ class Editor:
         self._changed()
 
     def sweep(self) -> int:
-        """Remove calls and parameter nodes without users, drop parameters nothing reads or holds; return how many nodes went."""
+        """Remove calls and parameter nodes without users, and parameters nothing reads; return how many nodes went."""
         graph, removed = self.program.graph, 0
         for node in reversed(list(graph.nodes)):
             if node.op in ("call_function", "get_attr") and not node.users:

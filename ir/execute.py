@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ir.analysis import Layout, layout
-from ir.program import Program, is_call
+from ir.program import Program, is_call, release
 from ir.region import region
 from ir.types import ScalarType, TensorType
 
@@ -58,10 +58,11 @@ def logits_by_row(program: Program, ids: Tensor, plan: Layout | None = None) -> 
     values: dict[str, Tensor] = empty_inputs(program, ids)
     head = region(program, plan.epilogue, [program.outputs[0]])
     _run_parts(program, _parts(plan)[:-1], values, set(head.inputs), torch.float32)
-    module = head.module()
+    module = head.module(decode=True)
     for row in range(ids.shape[0]):
         with torch.no_grad():
             yield module(*[_row(node, values[node.name], row) for node in head.inputs])[0]
+    release(module)
 
 
 def _row(node: fx.Node, value: Tensor, row: int) -> Tensor:
@@ -91,9 +92,10 @@ def _run_parts(
     for index, nodes in enumerate(parts):
         outputs = [n for n in nodes if n in kept or index < last_use[n]]
         part = region(program, nodes, outputs)
-        module = part.module({name: load(name) for name in part.params})
+        module = part.module({name: load(name) for name in part.params}, decode=True)
         with torch.no_grad():
             results = module(*[values[n.name] for n in part.inputs])
+        release(module)
         values.update(zip((n.name for n in outputs), results, strict=True))
         for node in owner:
             if node not in kept and last_use[node] <= index:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,6 +105,42 @@ class SafetensorsSource:
         return torch.frombuffer(buffer, dtype=kind.dtype).view([int(d) for d in kind.dims])
 
 
+class ScratchFile:
+    """A nameless temporary file that tensors are put into and read back from, outside resident memory.
+
+    The file has no name from the start, so that a killed run leaves nothing behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # It is open for as long as a tensor may be asked for, and closed when nothing refers to it any more.
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._places: dict[str, tuple[int, TensorType]] = {}
+
+    def keep(self, tensor: torch.Tensor) -> str:
+        """Append a tensor and return the name to load it by."""
+        place, name = self._file.seek(0, os.SEEK_END), str(len(self._places))
+        self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._file.flush()
+        self._places[name] = (place, tensor_type(tensor))
+        return name
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._places)
+
+    def type_of(self, name: str) -> TensorType:
+        return self._places[name][1]
+
+    def stored_bytes(self, name: str) -> int:
+        return self.type_of(name).nbytes
+
+    def load(self, name: str) -> torch.Tensor:
+        place, kind = self._places[name]
+        buffer = bytearray(kind.nbytes)
+        if os.preadv(self._file.fileno(), [buffer], place) != kind.nbytes:
+            raise InvariantError("a scratch file came back short", where=name, fix="check the disk")
+        return torch.frombuffer(buffer, dtype=kind.dtype).view([int(d) for d in kind.dims])
+
+
 def _lying(path: Path, why: str) -> UnsupportedError:
     return UnsupportedError(
         "the safetensors file is damaged", where=str(path), why=why, fix="fetch or write the file again"
@@ -159,16 +197,15 @@ class Entry:
 class ParamStore:
     """Names to lazily read tensors; tied names are explicit aliases of one canonical name.
 
-    scratch: directory for tensors of a mebibyte and more that passes write, so that memory stays bounded; None keeps
-    them in memory. Raises KeyError for unknown names, InvariantError for a name that extends another (fx resolves
+    Tensors of a mebibyte and more that passes write go to a scratch file once `spill_to` named one, so that memory
+    stays bounded. Raises KeyError for unknown names, InvariantError for a name that extends another (fx resolves
     dots through modules, so `a.weight` and `a.weight.codes` cannot both exist).
     """
 
-    def __init__(self, scratch: Path | None = None) -> None:
+    def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
-        self._scratch = scratch
-        self._serial = 0
+        self._scratch: ScratchFile | None = None
         self.writes: list[tuple[str, str]] = []
 
     def __contains__(self, name: str) -> bool:
@@ -184,6 +221,10 @@ class ParamStore:
         """Enter tensors of a source under their own names (all of them when `names` is None)."""
         for name in source.names() if names is None else names:
             self.enter(name, Entry(source, name, source.type_of(name)))
+
+    def spill_to(self, folder: Path) -> None:
+        """Keep large tensors that are written from now on in a nameless file on the disk of `folder`."""
+        self._scratch = ScratchFile(folder)
 
     def enter(self, name: str, entry: Entry) -> None:
         """Enter one parameter without counting it as a pass's write."""
@@ -241,24 +282,11 @@ class ParamStore:
         name = self._aliases.get(name, name)
         kind = tensor_type(tensor)
         if self._scratch is not None and kind.nbytes >= SPILL_BYTES:
-            tensor = self._spill(tensor)
+            self._entries[name] = Entry(self._scratch, self._scratch.keep(tensor), kind, by)
         else:
-            tensor = tensor.detach().clone().contiguous()
-        self._entries[name] = Entry(MemorySource({name: tensor}), name, kind, by)
+            kept = tensor.detach().clone().contiguous()
+            self._entries[name] = Entry(MemorySource({name: kept}), name, kind, by)
         self.writes.append((by, name))
-
-    def _spill(self, tensor: torch.Tensor) -> torch.Tensor:
-        assert self._scratch is not None
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        self._serial += 1
-        path = self._scratch / f"{self._serial:06d}.bin"
-        with path.open("wb") as handle:
-            handle.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        with path.open("rb") as handle:
-            view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        # The mapping keeps the bytes alive; unlinking now means that a killed run leaves nothing behind.
-        path.unlink()
-        return torch.frombuffer(view, dtype=tensor.dtype).view(tensor.shape)
 
     def drop(self, name: str) -> None:
         """Forget a canonical parameter that nothing reads any more, with its aliases."""
@@ -273,8 +301,8 @@ class ParamStore:
 
     def clone(self) -> ParamStore:
         """Return a store with its own names and aliases that shares the tensors."""
-        twin = ParamStore(self._scratch)
+        twin = ParamStore()
+        twin._scratch = self._scratch
         twin._entries, twin._aliases = dict(self._entries), dict(self._aliases)
-        twin._serial = self._serial
         twin.writes = list(self.writes)
         return twin

@@ -117,12 +117,13 @@ class Program:
             self.version,
         )
 
-    def module(self, load: Callable[[str], torch.Tensor] | None = None) -> nn.Module:
+    def module(self, load: Callable[[str], torch.Tensor] | None = None, decode: bool = False) -> nn.Module:
         """Return a runnable module that takes the inputs in order and returns the tuple of outputs.
 
         load: name -> tensor for parameters (default: the store's); tensors are buffers, so nothing is trained.
+        decode: hold the weights of coded linears as floats, decoded once, instead of decoding them in every call.
         """
-        return graph_module(self.graph, load or self.params.get)
+        return graph_module(self.graph, load or self.params.get, decode=decode)
 
 
 def rename(node: fx.Node, name: str) -> None:
@@ -151,15 +152,24 @@ def flat_name(name: str) -> str:
 
 
 def graph_module(
-    graph: fx.Graph, load: Callable[[str], torch.Tensor], trainable: dict[str, nn.Parameter] | None = None
+    graph: fx.Graph,
+    load: Callable[[str], torch.Tensor],
+    trainable: dict[str, nn.Parameter] | None = None,
+    decode: bool = False,
 ) -> fx.GraphModule:
     """Return a `GraphModule` over a copy of `graph`, parameters flattened to one attribute each.
 
-    load: name -> tensor; trainable: parameters to register as `nn.Parameter` instead, by canonical name.
+    load: name -> tensor; trainable: parameters to register as `nn.Parameter` instead, by canonical name; decode: turn
+    coded linears into float ones.
     """
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph, copies))
+    decoded: dict[str, torch.Tensor] = {}
+    if decode:
+        from ir.decode import decode_linears  # it reads types off nodes, which this module defines
+
+        decoded = decode_linears(copy, load)
     root = nn.Module()
     taken: dict[str, str] = {}
     for node in copy.nodes:
@@ -174,6 +184,13 @@ def graph_module(
             if trainable is not None and name in trainable:
                 root.register_parameter(flat, trainable[name])
             else:
-                root.register_buffer(flat, load(name), persistent=False)
+                tensor = decoded[name] if name in decoded else load(name)
+                root.register_buffer(flat, tensor, persistent=False)
         node.target = taken[name]
     return fx.GraphModule(root, copy, class_name="ProgramModule")
+
+
+def release(module: nn.Module) -> None:
+    """Let go of a module's tensors now: module and graph refer to each other, so they would wait for a collection."""
+    module._buffers.clear()
+    module._parameters.clear()

@@ -49,10 +49,11 @@ class Region:
         graph.output(tuple(copies[n] for n in self.outputs))
         return graph
 
-    def module(self, overrides: dict[str, torch.Tensor] | None = None) -> nn.Module:
+    def module(self, overrides: dict[str, torch.Tensor] | None = None, decode: bool = False) -> nn.Module:
         """Return a module that maps the inputs, in order, to the tuple of outputs.
 
         overrides: canonical name -> tensor to use instead of the store's; an `nn.Parameter` there is trained in place.
+        decode: hold the weights of coded linears as floats, decoded once.
         """
         overrides = overrides or {}
         trainable = {n: t for n, t in overrides.items() if isinstance(t, nn.Parameter)}
@@ -60,7 +61,7 @@ class Region:
         def load(name: str) -> torch.Tensor:
             return overrides[name] if name in overrides else self.program.params.get(name)
 
-        return graph_module(self.graph(), load, trainable)
+        return graph_module(self.graph(), load, trainable, decode)
 
 
 def region(program: Program, nodes: Iterable[fx.Node], outputs: Iterable[fx.Node] | None = None) -> Region:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ir.analysis import Block, Layout, between, layout, token_carriers
 from ir.errors import UnsupportedError, UsageError
 from ir.execute import empty_inputs
-from ir.program import Program
+from ir.program import Program, release
 from ir.region import Region, region
 from passes.base import Context
 
@@ -125,15 +125,16 @@ def _start(program: Program, plan: Layout, batches: Sequence[Tensor]) -> _Flow:
     entry = plan.blocks[0].entry
     outputs = [n for n in plan.prologue if n in read or n is entry]
     flow = _Flow(program, plan, [], [], {}, [])
-    module, part = None, region(program, plan.prologue, outputs)
+    part = region(program, plan.prologue, outputs)
+    module = part.module(decode=True)
     for ids in batches:
-        module = module or part.module()
         values = dict(zip((n.name for n in outputs), _call(module, part, empty_inputs(program, ids)), strict=True))
         flow.entry.append(values.pop(entry.name))
         own = {n.name: values.pop(n.name) for n in outputs if n in carriers and n is not entry}
         flow.carried.append({program.inputs[0].name: ids, **own})
         flow.ambient.setdefault(ids.shape, {**empty_inputs(program, ids), **values})
         flow.shapes.append(ids.shape)
+    release(module)
     return flow
 
 
@@ -151,19 +152,22 @@ def _run(flow: _Flow, block: Block, wanted: Mapping[fx.Node, Callback]) -> None:
     inner = [n for n in wanted if n is not block.entry]
     nodes = dict.fromkeys(n for w in inner for n in between(flow.program, block.entry, w, _outside(flow)))
     part = region(flow.program, nodes, inner)
-    module = part.module() if inner else None
+    module = part.module(decode=True) if inner else None
     for batch in range(len(flow.entry)):
         if block.entry in wanted:
             wanted[block.entry](flow.entry[batch])
         if module is not None:
             for node, value in zip(inner, _call(module, part, flow.values(batch, block)), strict=True):
                 wanted[node](value)
+    if module is not None:
+        release(module)
 
 
 def _advance(flow: _Flow, block: Block) -> None:
     """Replace each batch's entry by the block's exit, computed with the block as it is now."""
     nodes = between(flow.program, block.entry, block.exit, _outside(flow))
     part = region(flow.program, nodes, [block.exit])
-    module = part.module()
+    module = part.module(decode=True)
     for batch in range(len(flow.entry)):
         flow.entry[batch] = _call(module, part, flow.values(batch, block))[0]
+    release(module)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 from ir.program import Program
-from tests.hf_folder import write_folder
+from tests.hf_folder import some_text, write_folder
 
 SEED = 20240601
 
@@ -61,6 +61,12 @@ def own_cache(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama as a Hugging Face directory; not to be written into."""
     return write_folder(tmp_path_factory.mktemp("hf") / "tiny")
+
+
+@pytest.fixture
+def quick_builtin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the built-in text short: all of it takes longer to encode than a tiny model to compile."""
+    monkeypatch.setattr("tools.text._builtin", some_text)
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,13 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
+def some_text(characters: int = 20_000) -> str:
+    """Return a part of the text that every Python installation carries."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))[:characters]
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return the checkpoint's tensors by name."""
     return dict(load_file(str(folder / WEIGHTS)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
 
 from ir.edit import Editor
 from ir.program import Program
@@ -19,17 +20,21 @@ aten = torch.ops.aten
 
 
 def littered(program: Program) -> Program:
-    """A copy with a call made twice, a call that nothing reads, and a sum of constants."""
+    """A copy with, per block, a call made twice and a call that nothing reads, and one constant expression."""
     program = program.clone()
     editor = Editor(program, "litter")
     for silu in list(program.calls(aten.silu)):
-        user = next(iter(silu.users))
-        twin = editor.before(user).call(aten.silu.default, silu.args[0], like=silu)
-        # Both are read, so that only merging them makes one go.
-        editor.set_args(user, tuple(twin if a is silu else a for a in user.args))
+        product = next(iter(silu.users))
+        twin = editor.before(product).call(aten.silu.default, silu.args[0], like=silu)
         editor.call(aten.neg.default, twin, like=silu)
-        other = editor.call(aten.mul.Tensor, silu, 1.0, like=silu)
-        editor.set_args(user, (user.args[0], editor.before(user).call(aten.sub.Tensor, user.args[1], other, like=silu)))
+        # Both are read, so that the second goes by merging alone.
+        both = editor.call(aten.add.Tensor, product.args[1], twin, like=product)
+        editor.set_args(product, (silu, both))
+    norm = next(program.calls(aten.rms_norm))
+    gain = norm.args[2]
+    assert isinstance(gain, fx.Node)
+    doubled = editor.before(norm).call(aten.mul.Tensor, gain, 2.0, type=gain.meta["type"])
+    editor.set_args(norm, (*norm.args[:2], doubled, *norm.args[3:]))
     return program
 
 
@@ -40,8 +45,11 @@ def test_what_it_removes_and_what_it_keeps(tiny_model: Program) -> None:
     assert torch.equal(values(program, ids)[program.outputs[0].name], before)
     assert len(list(program.calls(aten.silu))) == 2 and not list(program.calls(aten.neg))
     figures = log.reports[0].figures
-    assert (figures["merged"], figures["removed"]) == (2, 2)
-    assert set(program.params) == set(tiny_model.params)
+    assert (figures["merged"], figures["removed"], figures["folded"]) == (2, 2, 1)
+    gone = set(tiny_model.params) - set(program.params)
+    new = set(program.params) - set(tiny_model.params)
+    assert gone == {"model.layers.0.input_layernorm.weight"} and len(new) == 1
+    assert torch.equal(program.params.get(new.pop()), 2 * tiny_model.params.get(gone.pop()))
 
 
 def test_twice_is_once(tiny_model: Program) -> None:

@@ -116,7 +116,10 @@ def test_program_equals_model(name: str, batch: int) -> None:
     module, plain = program.module(), plain_model(model, tiny(name))
     for seq in (1, 2, 17):
         for hidden in (0, 1, 5):
-            ids, mask = ids_for(batch, seq), left_padding(batch, seq, hidden) if hidden else torch.ones(batch, seq).long()
+            ids, mask = (
+                ids_for(batch, seq),
+                left_padding(batch, seq, hidden) if hidden else torch.ones(batch, seq).long(),
+            )
             with torch.no_grad():
                 wanted = plain(input_ids=ids, attention_mask=mask).logits
             assert wanted.std() > 0.1, "logits that are all alike would prove nothing"
@@ -214,7 +217,9 @@ def test_opt_with_narrow_embeddings_and_late_norms() -> None:
 def is_noop(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     casts = (aten.to, aten._to_copy, aten.type_as, aten.view, aten.reshape, aten.expand)
-    same = isinstance(source, fx.Node) and isinstance(node.meta[TYPE], TensorType) and node.meta[TYPE] == source.meta[TYPE]
+    same = (
+        isinstance(source, fx.Node) and isinstance(node.meta[TYPE], TensorType) and node.meta[TYPE] == source.meta[TYPE]
+    )
     return is_call(node, *casts) and same
 
 

@@ -32,6 +32,7 @@ def work_folder(options: BuildOptions, model: Model, pipeline: Pipeline, data: T
     """
     folder = options.out.absolute().parent / f".{options.out.name}.work"
     _claim(folder, _fingerprint(options, model, pipeline, data), options.resume)
+    model.program.params.spill_to(folder)
     try:
         yield folder
     except (UsageError, UnsupportedError):

@@ -250,16 +250,21 @@ def decode_planes(codes: ShiftCodes, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def dequantize(codes: ShiftCodes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weight [N, K] = z + sum_i alpha_i B_i, summed in float64 and rounded once to `dtype`."""
+    """Return the weight [N, K] = z + sum_i alpha_i B_i, summed in float64 and rounded once to `dtype`.
+
+    A group has only 2**planes different values, so these are computed and every weight looks its own up.
+    """
     alpha, z = decode_scales(codes), decode_offsets(codes)
-    total = torch.zeros(codes.rows, codes.in_features, dtype=torch.float64, device=codes.signs.device)
-    if z is not None:
-        total += expand_groups(z, codes.group, codes.in_features)
+    levels = torch.zeros_like(alpha[..., :1]) if z is None else z[..., None]
+    index = torch.zeros(codes.rows, codes.in_features, dtype=torch.uint8, device=codes.signs.device)
     for i in range(codes.planes):
-        plus = unpack_bits(codes.signs[i], 1, codes.in_features).bool()
-        scale = expand_groups(alpha[..., i], codes.group, codes.in_features)
-        total += torch.where(plus, scale, -scale)
-    return total.to(dtype)
+        step = alpha[..., i : i + 1]
+        levels = torch.cat([levels - step, levels + step], -1)
+        index |= unpack_bits(codes.signs[i], 1, codes.in_features) << i
+    width = min(codes.group, codes.in_features)
+    padded = torch.nn.functional.pad(index, (0, codes.groups * width - codes.in_features))
+    looked_up = levels.to(dtype).gather(2, padded.unflatten(1, (codes.groups, width)).long())
+    return looked_up.flatten(1)[:, : codes.in_features].contiguous()
 
 
 def _pack_nibbles(first: Tensor, later: Tensor) -> Tensor:
