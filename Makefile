@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 OUT ?= out/smol
 MODEL ?= smollm2-135m
 PASSES ?= shiftadd,fold
+# Fewer calibration windows than compile's own default, so that the demo takes minutes.
+SAMPLES ?= 32
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
 
@@ -52,8 +54,8 @@ test-real: venv
 # compile refuses to write over an artifact, so that a rerun of the demo has to clear its own.
 demo: venv
 	rm -rf $(OUT)
-	$(BIN)/python -m tools.compile $(MODEL) --passes "$(PASSES)" --out $(OUT)
-	$(BIN)/python -m tools.evaluate $(OUT) --against $(MODEL)
+	$(BIN)/python -m tools.compile $(MODEL) --passes "$(PASSES)" --out $(OUT) --samples $(SAMPLES)
+	$(BIN)/python -m tools.evaluate $(OUT) --against $(MODEL) --ctx 512 --windows 6 --last
 	$(BIN)/python -m tools.generate $(OUT) "$(PROMPT)" -n 32
 
 clean:

@@ -117,6 +117,7 @@ def _headers(path: Path) -> tuple[Any, Source, str]:
 
 def read_config(folder: Path) -> Any:
     """Return the transformers configuration of a model directory; raises UnsupportedError for none it knows."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -126,11 +127,14 @@ def read_config(folder: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        # A field of the wrong type is named on the first line, and what is wrong with it said on the next.
+        shown = 2 if isinstance(error, StrictDataclassError) else 1
+        why = " ".join(line.strip() for line in str(error).splitlines()[:shown])
         raise UnsupportedError(
             "the model's configuration cannot be read",
             where=str(path),
-            why=str(error).splitlines()[0],
+            why=why,
             fix="nomul runs no code that comes with a model; use an architecture that transformers knows",
         ) from None
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from ir.program import PATH, Program, is_call
 from ir.region import Region, region
-from ir.types import TensorType
+from ir.types import Dim, TensorType
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -108,7 +108,7 @@ def layout(program: Program) -> Layout:
     labels = [_signature(program, nodes) for nodes in segments]
     start, period, count = _repetition(labels)
     if count < 2:
-        start, period, count = _single_block(cuts)
+        start, period, count = _single_block(cuts, segments)
     if not count:
         return Layout(tuple(n for n in program.graph.nodes if n.op == "call_function"), (), ())
     blocks = []
@@ -184,12 +184,25 @@ def _repetition(labels: list[str]) -> tuple[int, int, int]:
     return best
 
 
-def _single_block(cuts: list[fx.Node]) -> tuple[int, int, int]:
-    """Return start, period and count (1, or 0 for none) of a model with one layer: up to its last residual sum."""
-    sums = [
-        i for i, cut in enumerate(cuts) if i and is_call(cut, aten.add) and cut.meta["type"] == cuts[0].meta["type"]
-    ]
-    return (0, sums[-1], 1) if sums else (0, 1, 0)
+def _single_block(cuts: list[fx.Node], segments: list[list[fx.Node]]) -> tuple[int, int, int]:
+    """Return start, period and count (1, or 0 for none) of a model with one layer.
+
+    It runs from the first segment with a linear (what comes before are positions and scales of the embedding) to the
+    last residual sum, with the reshapes that undo a flattening.
+    """
+    sums = [i for i, cut in enumerate(cuts) if i and is_call(cut, aten.add) and _width(cut) == _width(cuts[0])]
+    if not sums:
+        return 0, 1, 0
+    end = sums[-1]
+    while end + 1 < len(cuts) and is_call(cuts[end + 1], aten.view, aten.reshape):
+        end += 1
+    start = next((i for i, nodes in enumerate(segments[:end]) if any(is_call(n, aten.linear) for n in nodes)), 0)
+    return start, end - start, 1
+
+
+def _width(node: fx.Node) -> Dim | None:
+    kind = node.meta["type"]
+    return kind.dims[-1] if isinstance(kind, TensorType) and kind.dims else None
 
 
 def _ordered(program: Program, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:

@@ -60,8 +60,10 @@ def logits_by_row(program: Program, ids: Tensor, plan: Layout | None = None) -> 
     _run_parts(program, _parts(plan)[:-1], values, set(head.inputs), torch.float32)
     module = head.module(decode=True)
     for row in range(ids.shape[0]):
+        # A yield inside the block would switch gradients off for whoever reads the rows, too.
         with torch.no_grad():
-            yield module(*[_row(node, values[node.name], row) for node in head.inputs])[0]
+            logits = module(*[_row(node, values[node.name], row) for node in head.inputs])[0]
+        yield logits
     release(module)
 
 
@@ -92,7 +94,8 @@ def _run_parts(
     for index, nodes in enumerate(parts):
         outputs = [n for n in nodes if n in kept or index < last_use[n]]
         part = region(program, nodes, outputs)
-        module = part.module({name: load(name) for name in part.params}, decode=True)
+        # Codes are decoded to the recorded dtype; in a run of another one the operators themselves decode.
+        module = part.module({name: load(name) for name in part.params}, decode=dtype == torch.float32)
         with torch.no_grad():
             results = module(*[values[n.name] for n in part.inputs])
         release(module)

@@ -158,13 +158,24 @@ def _read_safetensors_header(path: Path) -> tuple[dict[str, tuple[TensorType, in
             raise _lying(path, f"the header claims {length} bytes but only {size - 8} follow")
         try:
             header = json.loads(handle.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        # Besides malformed text: nesting that exhausts the stack, and integers longer than Python converts.
+        except (ValueError, RecursionError) as error:
             raise _lying(path, f"the header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise _lying(path, "the header is not a JSON object")
     header.pop("__metadata__", None)
     available = size - 8 - length
-    return {name: _header_entry(path, name, row, available) for name, row in header.items()}, 8 + length
+    entries = {name: _header_entry(path, name, row, available) for name, row in header.items()}
+    _check_apart(path, entries)
+    return entries, 8 + length
+
+
+def _check_apart(path: Path, entries: dict[str, tuple[TensorType, int, int]]) -> None:
+    end, before = 0, ""
+    for name, (_, start, stop) in sorted(entries.items(), key=lambda item: item[1][1:]):
+        if start < end:
+            raise _lying(path, f"{name} begins at byte {start}, inside {before}")
+        end, before = stop, name
 
 
 def _header_entry(path: Path, name: str, row: object, available: int) -> tuple[TensorType, int, int]:
@@ -172,7 +183,7 @@ def _header_entry(path: Path, name: str, row: object, available: int) -> tuple[T
         dtype_name, dims, (start, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]  # type: ignore[index]
     except (KeyError, TypeError, ValueError):
         raise _lying(path, f"the header row of {name} lacks dtype, shape or data_offsets") from None
-    if dtype_name not in _SAFETENSORS_DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in _SAFETENSORS_DTYPES:
         raise _lying(path, f"{name} has dtype {dtype_name}, which is none of {', '.join(_SAFETENSORS_DTYPES)}")
     if not all(isinstance(d, int) and d >= 0 for d in (*dims, start, end)):
         raise _lying(path, f"{name} has a negative or non-integer size or offset")

@@ -13,8 +13,9 @@ from ir.execute import empty_inputs, next_inputs, run_in_parts, with_positions_i
 from ir.program import Program
 
 _PROMPT, _NEXT, _BATCH = 8, 3, 2
-# Float64 weights leave only the arithmetic's rounding; float32 ones are rounded once when a pass writes them.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
+# Float64 weights leave only the arithmetic's rounding; float32 ones are rounded once when a pass writes them, which
+# moved the logits of a 30-layer model by 8e-8 when all its gains were folded.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
 @dataclass(frozen=True)

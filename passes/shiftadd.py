@@ -31,6 +31,9 @@ class ShiftAdd(Pass):
     terms: int = field(default=2, metadata={"help": "powers of two per scale: 1, 2 or 3"})
     offset: bool = field(default=True, metadata={"help": "one more power-of-two value per group, added to its weights"})
     rounds: int = field(default=10, metadata={"help": "alternations of scales and codes per group, at most"})
+    starts: int = field(default=4, metadata={"help": "code books each group is fitted from; the best is kept"})
+    polish: int = field(default=2, metadata={"help": "refits of a group's scales and codes inside the column loop"})
+    sweeps: int = field(default=2, metadata={"help": "passes over all groups after it; more is closer and slower"})
     damp: float = field(default=0.01, metadata={"help": "damping of the Hessian, relative to its mean diagonal"})
     calib: Literal["stream", "none"] = field(
         default="stream", metadata={"help": "stream: inputs from the compressed prefix; none: fit the weights alone"}
@@ -55,6 +58,9 @@ class ShiftAdd(Pass):
             ("terms", self.terms, 1, 3),
             ("group", self.group, 1, 1 << 20),
             ("rounds", self.rounds, 0, 1000),
+            ("starts", self.starts, 1, 4),
+            ("polish", self.polish, 0, 100),
+            ("sweeps", self.sweeps, 0, 100),
         ):
             if not low <= value <= high:
                 raise OptionError(self.name, option, f"{value} is outside {low}..{high}")
@@ -63,7 +69,17 @@ class ShiftAdd(Pass):
 
     def spec(self) -> ShiftSpec:
         """Return the solver's options."""
-        return ShiftSpec(self.bits, self.group, self.terms, self.offset, self.rounds, damp=self.damp)
+        return ShiftSpec(
+            self.bits,
+            self.group,
+            self.terms,
+            self.offset,
+            self.rounds,
+            self.starts,
+            self.damp,
+            self.polish,
+            self.sweeps,
+        )
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the sites with the bits and bytes their codes will take."""

@@ -125,6 +125,16 @@ def test_rows_equal_the_whole(name: str) -> None:
     assert (wanted[0] - wanted[1]).abs().max() > 0.1, "rows that are alike would prove nothing"
 
 
+def test_reading_rows_leaves_gradients_on() -> None:
+    program, ids = with_states(), torch.arange(6).view(2, 3)
+    one, other = logits_by_row(program, ids), logits_by_row(program, ids)
+    for first, second in zip(one, other, strict=True):
+        assert torch.is_grad_enabled() and not first.requires_grad and not second.requires_grad
+    abandoned = logits_by_row(program, ids)
+    next(abandoned)
+    assert torch.is_grad_enabled()
+
+
 def test_one_block_of_weights_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     program, _ = traced("llama")
     order: list[str] = []

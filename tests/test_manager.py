@@ -149,7 +149,7 @@ def test_what_was_not_to_be_verified_is_not(
 def test_a_program_that_comes_in_broken_is_not_the_first_pass_s_fault(tiny_model: Program) -> None:
     program = tiny_model.clone()
     Breaker("type").run(program, Context())
-    with pytest.raises(InvariantError, match="^program tiny breaks"):
+    with pytest.raises(InvariantError, match=r"^program tiny breaks"):
         start(program, Toy())
 
 

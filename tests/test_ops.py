@@ -82,12 +82,11 @@ def grouped_args(dtype: torch.dtype = F64, ends: tuple[int, ...] = (2, 2, 5, 6))
 def op_cases() -> list[Any]:
     """Every operator with arguments of several shapes: (name, operator, arguments, differentiable ones, contiguity)."""
     cases = []
-    for interleaved in (False, True):
-        for width in (8, 4):
-            cos, sin, _ = angles(3, width, interleaved)
-            x = torch.randn(2, 4, 3, 8, dtype=F64)
-            name = f"rope-{'neighbours' if interleaved else 'halves'}-{width}"
-            cases.append(pytest.param(nomul.rope, (x, cos, sin, interleaved), (0,), id=name))
+    for interleaved, width in ((False, 8), (True, 4)):
+        cos, sin, _ = angles(3, width, interleaved)
+        x = torch.randn(2, 4, 3, 8, dtype=F64)
+        name = f"rope-{'neighbours' if interleaved else 'halves'}-{width}"
+        cases.append(pytest.param(nomul.rope, (x, cos, sin, interleaved), (0,), id=name))
     turned = torch.randn(2, 3, 4, 8, dtype=F64).transpose(1, 2)
     cases.append(pytest.param(nomul.rope, (turned, *angles(3, 8, False)[:2], False), (0,), id="rope-strided"))
     last = torch.randn(2, 3, 8, 4, dtype=F64).permute(0, 3, 1, 2)

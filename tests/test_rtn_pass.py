@@ -57,7 +57,8 @@ def test_weights_are_within_half_a_step_of_their_codes(tiny_model: Program) -> N
 
 def test_reported_figures_are_those_of_the_stored_codes(tiny_model: Program) -> None:
     program, log = compress(tiny_model, bits=3)
-    weights = {s.name: tiny_model.params.get(s.weight).double() for s in linear_sites(tiny_model, tiny_model.graph.nodes)[0]}
+    sites = linear_sites(tiny_model, tiny_model.graph.nodes)[0]
+    weights = {site.name: tiny_model.params.get(site.weight).double() for site in sites}
     for row in log.reports:
         node, weight = coded(program)[row.site], weights[row.site]
         error = float((weight - decoded(program, node)).norm() / weight.norm())

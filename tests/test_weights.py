@@ -79,8 +79,6 @@ def test_lying_headers_are_refused(file: Path, lie: str) -> None:
     assert caught.value.where == str(file)
 
 
-# ir/params.py checks each row by itself so far.
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="ir.params does not compare rows with each other")
 @pytest.mark.parametrize("span", [[0, 8], [12, 20], [16, 24]])
 def test_overlapping_tensors_are_refused(file: Path, span: list[int]) -> None:
     header, body = header_of(file)
@@ -203,7 +201,7 @@ def test_a_tied_embedding_stored_under_the_heads_name(folder: tuple[Path, nn.Mod
 def test_an_untied_head_must_be_there(folder: tuple[Path, nn.Module]) -> None:
     config = json.loads((folder[0] / "config.json").read_text())
     (folder[0] / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    with pytest.raises(UnsupportedError, match="lm_head.weight"):
+    with pytest.raises(UnsupportedError, match=r"lm_head\.weight"):
         open_model(str(folder[0]))
 
 
@@ -251,7 +249,7 @@ def test_wrong_shapes_are_refused(folder: tuple[Path, nn.Module], name: str) -> 
 def test_a_transposed_matrix_is_refused(folder: tuple[Path, nn.Module]) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     resave(folder[0], lambda t: {**t, name: t[name].T})
-    with pytest.raises(UnsupportedError, match="f32\\[64,128\\]"):
+    with pytest.raises(UnsupportedError, match=r"f32\[64,128\]"):
         open_model(str(folder[0]))
 
 
@@ -298,21 +296,31 @@ def test_shards_are_read_as_one(folder: tuple[Path, nn.Module]) -> None:
 def test_a_missing_shard_is_named(folder: tuple[Path, nn.Module]) -> None:
     shard(folder[0])
     (folder[0] / "two.safetensors").unlink()
-    with pytest.raises(UnsupportedError, match="two.safetensors"):
+    with pytest.raises(UnsupportedError, match=r"two\.safetensors"):
         open_model(str(folder[0]))
 
 
 def test_a_damaged_shard_is_named(folder: tuple[Path, nn.Module]) -> None:
     shard(folder[0])
     (folder[0] / "two.safetensors").write_bytes((folder[0] / "two.safetensors").read_bytes()[:-1])
-    with pytest.raises(UnsupportedError, match="two.safetensors"):
+    with pytest.raises(UnsupportedError, match=r"two\.safetensors"):
         open_model(str(folder[0]))
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b.safetensors"}}']
-    + ['{"weight_map": {"a": "/etc/hostname"}}', '{"weight_map": {"a": ["one.safetensors"]}}', '{"weight_map": {}}'],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        '{"weight_map": {"a": "/etc/hostname"}}',
+        '{"weight_map": {"a": ["one.safetensors"]}}',
+    ],
 )
 def test_a_damaged_index_is_refused(folder: tuple[Path, nn.Module], text: str) -> None:
     shard(folder[0])
@@ -334,7 +342,7 @@ def test_pickles_are_never_loaded(folder: tuple[Path, nn.Module], name: str, mon
 
 def test_a_folder_without_weights_is_refused(folder: tuple[Path, nn.Module]) -> None:
     (folder[0] / "model.safetensors").unlink()
-    with pytest.raises(UnsupportedError, match="no \\*.safetensors file is there"):
+    with pytest.raises(UnsupportedError, match=r"no \*\.safetensors file is there"):
         open_model(str(folder[0]))
 
 

@@ -147,7 +147,7 @@ def summary(report: Report) -> str:
     share = ", ".join(f"{name} {seconds:.0f}s" for name, seconds in report.phases.items() if seconds >= 0.5)
     parts.append(f"time      {sum(report.phases.values()):.0f}s ({share}), peak memory {size_text(report.peak_bytes)}")
     parts.append(f'next      python -m tools.generate {report.out} "The capital of France is"')
-    parts.append(f"          python -m tools.evaluate {report.out} --against {report.model}")
+    parts.append(f"          python -m tools.evaluate {report.out} --against {report.model} --windows 8 --last")
     return "\n".join(part for part in parts if part)
 
 

@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text", default="builtin", metavar="FILE", help="text to predict, or `builtin` (the default)")
     p.add_argument("--ctx", type=int, default=1024, metavar="N", help="tokens a window (default 1024)")
     p.add_argument("--windows", type=int, metavar="N", help="how many windows, from the start (default: all)")
+    p.add_argument("--last", action="store_true", help="take the windows from the end: compile calibrates before it")
     p.add_argument("--batch", type=int, default=1, metavar="B", help="windows run at once (default 1)")
     p.add_argument("--against", metavar="MODEL", help="the model to compare with, such as the original")
     p.add_argument("--mode", metavar="MODE", help="run compressed linears by multiply (default), shift or codes")
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--batch must be at least 1", why=f"it is {options.batch}")
     text = load_text(options.text)
     student = load(options.model, mode=options.mode, progress=console.note)
-    windows = tokenised(student, text, options.ctx, options.windows)
+    windows = tokenised(student, text, options.ctx, options.windows, options.last)
     teacher = load(options.against, progress=console.note) if options.against else None
     if teacher is not None:
         check_same_vocabulary(student, teacher)
@@ -65,12 +66,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def tokenised(runtime: Runtime, text: str, ctx: int, windows: int | None) -> Tensor:
-    """Return the windows of a text as one model's tokenizer gives them, int64 [windows, ctx]."""
+def tokenised(runtime: Runtime, text: str, ctx: int, windows: int | None, last: bool = False) -> Tensor:
+    """Return the windows of a text as one model's tokenizer gives them, int64 [windows, ctx], first or last ones."""
     from tools.perplexity import window_tokens
 
     encoded = runtime.tokenizer(text, add_special_tokens=False, verbose=False)
-    return window_tokens(encoded["input_ids"], ctx, windows)
+    ids = encoded["input_ids"]
+    return window_tokens(ids[-(windows or len(ids) // ctx) * ctx :] if last else ids, ctx, windows)
 
 
 def check_same_vocabulary(student: Runtime, teacher: Runtime) -> None:
@@ -109,6 +111,7 @@ def _report(
         "formula": FORMULA,
         "ctx": ctx,
         "windows": count,
+        "from": "end" if options.last else "start",
         "tokens": windows.numel(),
         "predictions": count * (ctx - 1),
         "perplexity": tally.perplexity,
@@ -124,7 +127,7 @@ def _text(report: dict[str, object]) -> str:
     r = report
     lines = [
         f"model       {r['model']}",
-        f"text        {r['text']}: {r['windows']} windows of {r['ctx']} tokens = {r['tokens']} tokens",
+        f"text        {r['text']}: {r['windows']} windows of {r['ctx']} tokens from its {r['from']} = {r['tokens']} tokens",
         f"formula     {r['formula']}",
         f"perplexity  {r['perplexity']:.3f}   (token level)",
     ]

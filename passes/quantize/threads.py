@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -28,3 +29,11 @@ def in_threads(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list
     finally:
         # The setting of a worker reaches libraries that keep one count for the whole process.
         torch.set_num_threads(threads)
+        give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Return free memory to the system where the C library can (glibc keeps a heap a thread, each with its own gaps)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
