@@ -33,7 +33,7 @@ def in_threads(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list
 
 
 def give_back_memory() -> None:
-    """Return free memory to the system where the C library can (glibc keeps a heap a thread, each with its own gaps)."""
+    """Return free memory to the system where the C library can; glibc keeps a heap a thread, each with its gaps."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
