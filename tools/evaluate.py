@@ -127,7 +127,7 @@ def _text(report: dict[str, object]) -> str:
     r = report
     lines = [
         f"model       {r['model']}",
-        f"text        {r['text']}: {r['windows']} windows of {r['ctx']} tokens from its {r['from']}, {r['tokens']} in all",
+        f"text        {r['text']}: {r['windows']} windows of {r['ctx']} tokens from its {r['from']}",
         f"formula     {r['formula']}",
         f"perplexity  {r['perplexity']:.3f}   (token level)",
     ]
