@@ -333,9 +333,12 @@ def test_a_damaged_tokenizer(attempt: Callable[..., Outcome], model: Path) -> No
     attempt(model, passes=SHIFT).says(3, "the tokenizer of the model cannot be read")
 
 
-def test_a_tokenizer_of_another_model(attempt: Callable[..., Outcome], tmp_path: Path) -> None:
-    model = write_folder(tmp_path / "tiny", vocab_size=64)
-    attempt(model, passes=SHIFT).says(3, "the tokenizer does not belong to the model", "64 tokens")
+def test_a_tokenizer_of_another_model(attempt: Callable[..., Outcome], model: Path) -> None:
+    path = model / "tokenizer.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts["model"]["vocab"] = {token: index + 100 for token, index in facts["model"]["vocab"].items()}
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    attempt(model, passes=SHIFT).says(3, "the tokenizer does not belong to the model", "300 tokens")
 
 
 @pytest.mark.parametrize(

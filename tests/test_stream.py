@@ -131,8 +131,9 @@ def test_several_values_at_once_in_batch_order(tiny_model: Program) -> None:
         wanted = [step.block.entry, *(s.node for s in linear_sites(program, step.block.nodes)[0])]
         found: dict[str, list[Tensor]] = {n.name: [] for n in wanted}
         step.observe({n: keep(found[n.name]) for n in wanted})
+        whole = [values(program, ids) for ids in data]
         for name, rows in found.items():
-            assert equal(rows, [values(program, ids)[name] for ids in data])
+            assert equal(rows, [seen[name] for seen in whole])
 
 
 def side_program() -> Program:
