@@ -62,11 +62,12 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A site that a pass left alone, and why."""
+    """A site that a pass left alone, and why; `asked`: an option of the pass named it."""
 
     site: str
     reason: str
     by: str
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class Log:
         self.reports.append(row)
         self.listener(row)
 
-    def skip(self, site: str, reason: str) -> None:
-        """Record that a site is left alone, with the reason; under `--strict` the manager makes this an error."""
-        row = Diagnostic(site, reason, self.by)
+    def skip(self, site: str, reason: str, asked: bool = False) -> None:
+        """Record that a site is left alone, with the reason; under `--strict` an error unless it was asked for."""
+        row = Diagnostic(site, reason, self.by, asked)
         self.diagnostics.append(row)
         self.listener(row)
 

@@ -154,12 +154,12 @@ def _strict_listener(ctx: Context) -> Callable[[Event], None]:
 
     def listen(event: Event) -> None:
         ctx.log.listener(event)
-        if isinstance(event, Diagnostic):
+        if isinstance(event, Diagnostic) and not event.asked:
             raise UnsupportedError(
                 f"pass {event.by} leaves a site alone, which --strict forbids",
                 where=event.site,
                 why=event.reason,
-                fix="run without --strict to see all such sites in the report",
+                fix="name it in the pass's skip option, or run without --strict to see all such sites in the report",
             )
 
     return listen

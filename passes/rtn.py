@@ -14,7 +14,7 @@ from ir.ops.shiftcode import group_count
 from ir.program import Program
 from passes.base import Context, OptionError, Pass, PlanRow, Stage
 from passes.quantize.uniform import rtn
-from passes.sites import check_group, choose_sites, figures, outside_blocks, put_quant_codes, weights_of
+from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, put_quant_codes, weights_of
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,17 @@ class Rtn(Pass):
         """Return the sites with the bits and bytes their codes will take."""
         nodes = [n for block in blocks(program) for n in block.nodes]
         sites = choose_sites(program, nodes, self.skip, Context())
+        check_group(sites, self.group, self.name)
         return [PlanRow(s.name, self.name, self._predicted(s)) for s in sites]
 
     def run(self, program: Program, ctx: Context) -> None:
         """Round the linears of all blocks, one weight in memory at a time."""
         parts = blocks(program)
         nodes = [n for block in parts for n in block.nodes]
+        check_skip(program, self.skip, self.name)
         sites = choose_sites(program, nodes, self.skip, ctx)
         check_group(sites, self.group, self.name)
-        outside_blocks(program, nodes, ctx)
+        outside_blocks(program, nodes, self.skip, ctx)
         step = ctx.log.progress(len(sites), self.name)
         for site in sites:
             weight = weights_of(program, [site], self.name)

@@ -16,7 +16,7 @@ from passes.checkpoint import load_block, save_block
 from passes.quantize.hessian import Gram, empty_gram, update
 from passes.quantize.threads import in_threads
 from passes.shiftcode.solver import ShiftSpec, relative_loss, solve
-from passes.sites import check_group, choose_sites, figures, outside_blocks, put_shift_codes, weights_of
+from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, put_shift_codes, weights_of
 from passes.stream import Step, walk
 
 _PARTS = ("signs", "scales", "exponents", "offsets")
@@ -84,13 +84,15 @@ class ShiftAdd(Pass):
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the sites with the bits and bytes their codes will take."""
         sites = choose_sites(program, _block_nodes(program), self.skip, Context())
+        check_group(sites, self.group, self.name)
         return [PlanRow(s.name, self.name, _predicted(self, s)) for s in sites]
 
     def run(self, program: Program, ctx: Context) -> None:
         """Compress block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""
         nodes = _block_nodes(program)
+        check_skip(program, self.skip, self.name)
         check_group(choose_sites(program, nodes, self.skip, ctx), self.group, self.name)
-        outside_blocks(program, nodes, ctx)
+        outside_blocks(program, nodes, self.skip, ctx)
         if self.calib == "none":
             step = ctx.log.progress(len(blocks(program)), self.name)
             for block in blocks(program):

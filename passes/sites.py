@@ -16,7 +16,7 @@ from ir.errors import UnsupportedError
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.program import Program
-from passes.base import Context
+from passes.base import Context, OptionError
 
 nomul = torch.ops.nomul
 
@@ -28,25 +28,45 @@ def choose_sites(program: Program, nodes: Iterable[fx.Node], skip: Sequence[str]
     """
     sites, left = linear_sites(program, nodes)
     for name, reason in left:
-        ctx.log.skip(name, reason)
+        _leave(ctx, name, reason, skip)
     chosen = []
     for site in sites:
-        pattern = next((p for p in skip if matches(p, site.name)), None)
-        if pattern is None:
+        if _pattern(skip, site.name) is None:
             chosen.append(site)
         else:
-            ctx.log.skip(site.name, f"skip={pattern} names it")
+            _leave(ctx, site.name, "", skip)
     return chosen
 
 
-def outside_blocks(program: Program, block_nodes: Iterable[fx.Node], ctx: Context) -> None:
+def outside_blocks(program: Program, block_nodes: Iterable[fx.Node], skip: Sequence[str], ctx: Context) -> None:
     """Record the linears outside the repeated blocks (a head, a projection of embeddings) as left in float."""
     inside = set(block_nodes)
     sites, left = linear_sites(program, (n for n in program.graph.nodes if n not in inside))
     for site in sites:
-        ctx.log.skip(site.name, "it is outside the repeated blocks, where errors reach the logits undamped")
+        _leave(ctx, site.name, "it is outside the repeated blocks, where errors reach the logits undamped", skip)
     for name, reason in left:
-        ctx.log.skip(name, reason)
+        _leave(ctx, name, reason, skip)
+
+
+def check_skip(program: Program, skip: Sequence[str], by: str) -> None:
+    """Raise OptionError for a pattern that names no linear: a misspelt one would compress what was to stay float."""
+    sites, left = linear_sites(program, program.graph.nodes)
+    names = [s.name for s in sites] + [name for name, _ in left]
+    for pattern in skip:
+        if not any(matches(pattern, name) for name in names):
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise OptionError(
+                by, "skip", f"{pattern} matches none of the {len(names)} linears", fix=f"they are {shown}"
+            )
+
+
+def _pattern(skip: Sequence[str], name: str) -> str | None:
+    return next((p for p in skip if matches(p, name)), None)
+
+
+def _leave(ctx: Context, name: str, reason: str, skip: Sequence[str]) -> None:
+    pattern = _pattern(skip, name)
+    ctx.log.skip(name, f"skip={pattern} names it" if pattern else reason, asked=pattern is not None)
 
 
 def check_group(sites: Iterable[LinearSite], group: int, by: str) -> None:

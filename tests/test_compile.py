@@ -327,6 +327,18 @@ def test_strict_ends_at_a_site_that_would_be_left_alone(
     assert not left_behind(tmp_path)
 
 
+def test_strict_accepts_what_skip_names(tiny_hf: Path, tmp_path: Path) -> None:
+    assert compile_(tiny_hf, tmp_path / "out", "rtn{bits=4 group=32 skip=[lm_head]}", "--strict") == 0
+
+
+def test_a_skip_pattern_that_names_nothing_is_refused(
+    tiny_hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compile_(tiny_hf, tmp_path / "out", "rtn{bits=4 group=32 skip=[lm_haed]}") == 2
+    assert "lm_haed matches none of the" in capsys.readouterr().err
+    assert not left_behind(tmp_path)
+
+
 def test_a_failure_of_the_compiler_leaves_a_reproducer(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except NomulError as error:
         return _fail(error)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on where it stopped", file=sys.stderr)
+        print("interrupted; a compilation goes on with the same command and --resume", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (`| head`); without this the interpreter would complain again when it flushes at exit.
