@@ -128,7 +128,7 @@ def test_planned_bytes_are_the_bytes_that_get_stored(tiny_model: Program, option
 def test_sites_left_alone_are_recorded(tiny_model: Program) -> None:
     program, log = compress(tiny_model, skip=("down_proj",))
     left = [s for s in SITES if "down_proj" in s]
-    expected = [Diagnostic(s, "skip=down_proj names it", "rtn") for s in left]
+    expected = [Diagnostic(s, "skip=down_proj names it", "rtn", asked=True) for s in left]
     head = Diagnostic("lm_head", "its weight model.embed_tokens.weight is shared with another reader", "rtn")
     assert log.diagnostics == [*expected, head]
     assert {s.name for s in linear_sites(program, program.graph.nodes)[0]} == set(left)

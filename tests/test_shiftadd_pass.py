@@ -118,16 +118,20 @@ def test_it_needs_text_unless_told_otherwise(tiny_model: Program) -> None:
         ("v_proj", [s for s in SITES if "v_proj" in s]),
         ("model.layers.1.*", SITES[7:]),
         ("*.0.*_proj", SITES[:7]),
-        ("q", []),
     ],
 )
 def test_sites_named_by_skip_stay_float_and_are_recorded(tiny_model: Program, pattern: str, left: list[str]) -> None:
     program, log = compress(tiny_model, skip=(pattern,), calib="none", rounds=0)
     found = {d.site: d for d in log.diagnostics if d.site != "lm_head"}
-    assert found == {s: Diagnostic(s, f"skip={pattern} names it", "shiftadd") for s in left}
+    assert found == {s: Diagnostic(s, f"skip={pattern} names it", "shiftadd", asked=True) for s in left}
     assert sorted(coded(program)) == sorted(set(SITES) - set(left))
     kept = {s.name for s in linear_sites(program, program.graph.nodes)[0]}
     assert kept == set(left)
+
+
+def test_a_part_of_a_name_is_no_pattern(tiny_model: Program) -> None:
+    with pytest.raises(OptionError, match="q matches none of the 15 linears"):
+        compress(tiny_model, skip=("q",), calib="none", rounds=0)
 
 
 def test_a_tied_head_is_recorded(plain: tuple[Program, Log]) -> None:
