@@ -23,12 +23,13 @@ _BUILT_IN = {
 
 
 @cache
-def _installed() -> dict[str, str]:
+def _brought() -> dict[str, str]:
+    """Return the passes that installed packages bring; one under a built-in's name is an error."""
     from importlib.metadata import entry_points
 
-    found = dict(_BUILT_IN)
+    found: dict[str, str] = {}
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        if found.setdefault(point.name, point.value) != point.value:
+        if found.setdefault(point.name, _BUILT_IN.get(point.name, point.value)) != point.value:
             raise UnsupportedError(
                 f"two installed packages bring a pass {point.name}",
                 where=f"{found[point.name]} and {point.value}",
@@ -40,7 +41,7 @@ def _installed() -> dict[str, str]:
 
 def pass_names() -> tuple[str, ...]:
     """Return the names of all passes, built-in ones first, then those that other packages' entry points bring."""
-    return (*_BUILT_IN, *sorted(_installed().keys() - _BUILT_IN.keys()))
+    return (*_BUILT_IN, *sorted(_brought().keys() - _BUILT_IN.keys()))
 
 
 def load_pass(name: str) -> type[Pass]:
@@ -51,7 +52,7 @@ def load_pass(name: str) -> type[Pass]:
     """
     from passes.base import Pass
 
-    target = _BUILT_IN.get(name) or _installed()[name]
+    target = _BUILT_IN.get(name) or _brought()[name]
     module, _, attribute = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)

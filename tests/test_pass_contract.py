@@ -109,8 +109,8 @@ def test_option_error_reads_well() -> None:
 
 
 def test_entry_points_add_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {**passes._BUILT_IN, "plain": f"{__name__}:Plain", "gone": "no_such_module:X", "odd": "json:loads"}
-    monkeypatch.setattr(passes, "_installed", lambda: known)
+    brought = {"plain": f"{__name__}:Plain", "gone": "no_such_module:X", "odd": "json:loads"}
+    monkeypatch.setattr(passes, "_brought", lambda: brought)
     assert {"plain", "gone", "odd"} < set(passes.pass_names())
     assert passes.load_pass("plain") is Plain
     assert parse("plain{free}") == Pipeline((Item(Plain(free=True)),))
