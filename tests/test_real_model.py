@@ -102,8 +102,11 @@ def test_shiftadd_is_closer_to_the_float_model_than_rtn_at_the_same_planes():
     data = token_data(tokenizer, "builtin", samples=8, seqlen=256, seed=0)
     ctx = Context(calibration=data.calibration)
     found = {}
-    for name in ("rtn", "shiftadd"):
-        program, reports = run(first_blocks(name + "{bits=3 SKIP}").replace("shiftadd{", "shiftadd{sweeps=0 polish=0 starts=2 "), ctx)
+    for name, pipeline in (
+        ("rtn", "rtn{bits=3 SKIP}"),
+        ("shiftadd", "shiftadd{bits=3 sweeps=0 polish=0 starts=2 SKIP}"),
+    ):
+        program, reports = run(first_blocks(pipeline), ctx)
         assert len(reports[0].sites) == 7 * COMPRESSED
         found[name] = judge(model().program, program, data.held_out[:2], 10.0, lambda _: None)
     assert found["shiftadd"].kl < 0.5 * found["rtn"].kl
