@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ir.analysis import LinearSite, blocks, sibling_sites
-from ir.ops.shiftcode import ShiftCodes, dequantize, group_count
+from ir.ops.shiftcode import ShiftCodes, dequantize, group_count, take_rows
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.checkpoint import load_block, save_block
 from passes.quantize.hessian import Gram, empty_gram, update
-from passes.quantize.threads import in_threads
-from passes.shiftcode.solver import ShiftSpec, relative_loss, solve
+from passes.shiftcode.solver import ShiftSpec, metric_of, relative_loss, solve
 from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, put_shift_codes, weights_of
 from passes.stream import Step, walk
 
@@ -108,25 +107,26 @@ class ShiftAdd(Pass):
                 self._finish(program, ctx, walked.block.index, sites, solved)
 
     def _solve(self, program: Program, walked: Step, sites: list[LinearSite]) -> _Solved:
-        """Fit the sites of a block to the second moments of their inputs, siblings stacked along the rows."""
+        """Fit the sites of a block to the second moments of their inputs."""
         groups = sibling_sites(sites)
         grams = [empty_gram(group[0].inputs) for group in groups]
         walked.observe({g[0].node.args[0]: _adder(m) for g, m in zip(groups, grams, strict=True)})  # type: ignore[misc]
-        # The costliest first, so that the last thread to finish is not left alone with the largest piece.
-        pieces = sorted(zip(groups, grams, strict=True), key=lambda p: -sum(s.rows for s in p[0]) * p[0][0].inputs)
-        found = in_threads(lambda p: self._fit(program, p[0], p[1].matrix, p[1].tokens), pieces)
-        return [row for solved in found for row in solved]
+        return [row for g, gram in zip(groups, grams, strict=True) for row in self._fit(program, g, gram)]
 
     def _solve_free(self, program: Program, sites: list[LinearSite]) -> _Solved:
-        return [row for group in sibling_sites(sites) for row in self._fit(program, group, None, 0)]
+        return [row for group in sibling_sites(sites) for row in self._fit(program, group, None)]
 
-    def _fit(self, program: Program, group: list[LinearSite], hessian: Tensor | None, tokens: int) -> _Solved:
+    def _fit(self, program: Program, group: list[LinearSite], gram: Gram | None) -> _Solved:
+        """Fit sites that share their input, stacked along the rows."""
+        spec, name = self.spec(), group[0].name
         weight = weights_of(program, group, self.name)
-        codes = solve(weight, hessian, self.spec(), tokens=tokens, site=group[0].name)
+        metric = None if gram is None else metric_of(gram.matrix, spec, tokens=gram.tokens, site=name)
+        codes = solve(weight, metric, spec, site=name)
         solved, row = [], 0
         for site in group:
-            part = _rows(codes, row, row + site.rows)
-            rel = relative_loss(weight[row : row + site.rows], dequantize(part, torch.float64), hessian)
+            part = take_rows(codes, row, row + site.rows)
+            decoded = dequantize(part, torch.float64)
+            rel = relative_loss(weight[row : row + site.rows], decoded, None if gram is None else gram.matrix)
             solved.append((site, part, figures(part.stored_bits, site.rows, site.inputs, rel)))
             row += site.rows
         return solved
@@ -155,17 +155,6 @@ def _block_nodes(program: Program) -> list[fx.Node]:
 
 def _adder(gram: Gram):  # type: ignore[no-untyped-def]
     return lambda value: update(gram, value)
-
-
-def _rows(codes: ShiftCodes, start: int, stop: int) -> ShiftCodes:
-    """Return the codes of a range of rows; rows are packed apart, so this cuts no byte."""
-    return replace(
-        codes,
-        signs=codes.signs[:, start:stop].contiguous(),
-        scales=codes.scales[start:stop],
-        exponents=codes.exponents[start:stop],
-        offsets=None if codes.offsets is None else codes.offsets[start:stop],
-    )
 
 
 def _restore(program: Program, sites: list[LinearSite], ctx: Context, index: int) -> bool:

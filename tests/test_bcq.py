@@ -12,6 +12,7 @@ from ir.ops.shiftcode import round_power_terms
 from passes.shiftcode.bcq import (
     Rounding,
     cell_normal,
+    code_cells,
     code_levels,
     codebook,
     fit_bcq,
@@ -44,7 +45,7 @@ def test_nearest_codes_equal_brute_force(planes: int, rows: int, n: int, seed: i
 def test_scales_equal_weighted_lstsq(offset: bool) -> None:
     w, weight = normal(6, 25), normal(6, 25, seed=1).square()
     codes = torch.randint(0, 8, (6, 25), generator=torch.Generator().manual_seed(2))
-    z, alpha = solve_rounded(*cell_normal(codes, w, weight, 3), None, offset)
+    z, alpha = solve_rounded(*cell_normal(code_cells(codes, w, weight, 3)), None, offset)
     for r in range(6):
         design = pattern(3, "cpu")[codes[r]]
         design = design if offset else design[:, 1:]
@@ -57,7 +58,7 @@ def test_scales_equal_weighted_lstsq(offset: bool) -> None:
 def test_sequential_rounding_beats_rounding_the_solution() -> None:
     w, weight = normal(400, 32), torch.ones(400, 32, dtype=torch.float64)
     fit = fit_bcq(w, 3, offset=True)
-    equations = cell_normal(fit.codes, w, weight, 3)
+    equations = cell_normal(code_cells(fit.codes, w, weight, 3))
     z0, a0 = solve_rounded(*equations, None, True)
     z1, a1 = solve_rounded(*equations, Rounding(1), True)
     assert torch.equal(z1, round_power_terms(z0, 1)), "the first unknown is rounded at its optimum"

@@ -12,10 +12,15 @@ from ir.errors import UsageError
 from ir.ops.shiftcode import ShiftCodes, decode_offsets, decode_planes, decode_scales, encode
 from passes.quantize.hessian import prepare
 from passes.quantize.uniform import rtn
+from passes.shiftcode import solver
 from passes.shiftcode.bcq import Rounding, fit_bcq, row_window
-from passes.shiftcode.solver import ShiftSpec, loss, quadratic, relative_loss, solve
+from passes.shiftcode.solver import ShiftSpec, loss, metric_of, quadratic, relative_loss
 
 LOOP = ShiftSpec(polish=0, sweeps=0, starts=1, ordered=False)
+
+
+def solve(weight: Tensor, hessian: Tensor | None, spec: ShiftSpec) -> ShiftCodes:
+    return solver.solve(weight, None if hessian is None else metric_of(hessian, spec), spec)
 
 
 def problem(rows: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

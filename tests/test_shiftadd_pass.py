@@ -256,9 +256,9 @@ def test_finished_blocks_are_taken_from_the_work_folder(
     solved: list[str] = []
     real = passes.shiftadd.solve
 
-    def solve(weight: Tensor, hessian: Tensor | None, spec: Any, **more: Any) -> Any:
+    def solve(weight: Tensor, metric: Any, spec: Any, **more: Any) -> Any:
         solved.append(more["site"])
-        return real(weight, hessian, spec, **more)
+        return real(weight, metric, spec, **more)
 
     monkeypatch.setattr(passes.shiftadd, "solve", solve)
     again, log = compress(tiny_model, work=tmp_path)

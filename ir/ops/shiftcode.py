@@ -6,7 +6,7 @@ A value is s * (2^e0 +- 2^e1 +- 2^e2) with e0 > e1 > e2 and steps of at most 7 o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
@@ -69,6 +69,17 @@ class ShiftCodes:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [N, K], summed exactly in float64 and rounded once to `dtype`."""
         return dequantize(self, dtype)
+
+
+def take_rows(codes: ShiftCodes, start: int, stop: int) -> ShiftCodes:
+    """Return the codes of a range of rows; rows are packed apart, so this cuts no byte."""
+    return replace(
+        codes,
+        signs=codes.signs[:, start:stop].contiguous(),
+        scales=codes.scales[start:stop].contiguous(),
+        exponents=codes.exponents[start:stop].contiguous(),
+        offsets=None if codes.offsets is None else codes.offsets[start:stop].contiguous(),
+    )
 
 
 def group_count(in_features: int, group: int) -> int:

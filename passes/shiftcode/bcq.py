@@ -125,6 +125,14 @@ def nearest_codes(book: Codebook, w: Tensor) -> Tensor:
     return book.order.gather(1, below.long())
 
 
+def nearest_place(middles: Tensor, w: Tensor, out: Tensor) -> None:
+    """Write the place of the nearest sorted level, int64 [R], for a weight a row [R]; middles: [levels-1, R]."""
+    if middles.shape[0] > _COUNTED_MIDDLES:
+        out.copy_(torch.searchsorted(middles.T.contiguous(), w[:, None])[:, 0])
+    else:
+        out.copy_((w > middles).view(torch.uint8).sum(0, dtype=torch.uint8))
+
+
 def solve_rounded(normal: Tensor, right: Tensor, rounding: Rounding | None, offset: bool) -> tuple[Tensor, Tensor]:
     """Solve normal @ (z, alpha) = right for every row, rounding each unknown before the ones after it are solved.
 
@@ -133,33 +141,93 @@ def solve_rounded(normal: Tensor, right: Tensor, rounding: Rounding | None, offs
     feedback (Frantar et al. 2023) on the scale vector. Without rounding it is the exact solution.
     """
     skip = 0 if offset else 1
-    m, b = normal[:, skip:, skip:].clone(), right[:, skip:].clone()
-    size = m.shape[1]
-    m.diagonal(dim1=1, dim2=2).add_(_RIDGE * m.diagonal(dim1=1, dim2=2).amax(1, keepdim=True) + 1e-300)
+    # Unknowns first, so that every step runs over contiguous rows.
+    m = normal[:, skip:, skip:].permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+    b = right[:, skip:].T.clone(memory_format=torch.contiguous_format)
+    size = m.shape[0]
+    m.diagonal().add_((_RIDGE * m.diagonal().amax(1) + 1e-300)[:, None])
     for p in range(size - 1, 0, -1):
-        factor = m[:, :p, p] / m[:, p, p, None]
-        b[:, :p] -= factor * b[:, p, None]
-        m[:, :p, :p] -= factor[:, :, None] * m[:, p, None, :p]
+        factor = m[:p, p] / m[p, p]
+        b[:p] -= factor * b[p]
+        m[:p, :p] -= factor[:, None] * m[p, None, :p]
     solved: list[Tensor] = []
     for t in range(size):
-        x = b[:, t]
+        x = b[t]
         for s, done in enumerate(solved):
-            x = x - m[:, t, s] * done[:, 0]
-        x = (x / m[:, t, t])[:, None]
+            x = x - m[t, s] * done[:, 0]
+        x = (x / m[t, t])[:, None]
         if rounding is not None:
             x = rounding.offset(x) if t == 0 and offset else rounding.scale(x)
         solved.append(x)
-    z = solved[0][:, 0] if offset else torch.zeros_like(b[:, 0])
+    z = solved[0][:, 0] if offset else torch.zeros_like(b[0])
     return z, torch.cat(solved[1 - skip :], 1)
 
 
-def cell_normal(codes: Tensor, w: Tensor, weight: Tensor, planes: int) -> tuple[Tensor, Tensor]:
-    """Return the weighted normal equations [R, q+1, q+1], [R, q+1] of fixed codes, by mass and moment per code."""
-    design = pattern(planes, str(w.device))
-    mass = w.new_zeros(w.shape[0], 2**planes).scatter_add_(1, codes, weight)
-    moment = w.new_zeros(w.shape[0], 2**planes).scatter_add_(1, codes, weight * w)
+@dataclass(frozen=True)
+class SortedRows:
+    """Rows of a group in ascending order with running sums, so that what falls into a cell is a difference of two.
+
+    values: [R, n] ascending; mass, moment: [R, n+1], sums of weight and of weight * value before each place; square:
+    [R], the sum of weight * value**2.
+    """
+
+    values: Tensor
+    mass: Tensor
+    moment: Tensor
+    square: Tensor
+
+    def take(self, rows: Tensor) -> SortedRows:
+        """Return the selected rows."""
+        return SortedRows(self.values[rows], self.mass[rows], self.moment[rows], self.square[rows])
+
+
+def sorted_rows(w: Tensor, weight: Tensor) -> SortedRows:
+    """Sort rows w [R, n] with their weights [R, n]."""
+    values, order = w.sort(dim=1)
+    weight = weight.gather(1, order)
+    moment = weight * values
+    before = [torch.nn.functional.pad(x.cumsum(1), (1, 0)) for x in (weight, moment)]
+    return SortedRows(values, before[0], before[1], (moment * values).sum(1))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What falls nearest to each code: sums of weight and of weight * value, float64 [R, 2**planes] each."""
+
+    mass: Tensor
+    moment: Tensor
+
+    def take(self, rows: Tensor) -> Cells:
+        """Return the cells of the selected rows."""
+        return Cells(self.mass[rows], self.moment[rows])
+
+
+def nearest_cells(rows: SortedRows, book: Codebook) -> Cells:
+    """Return the cells of the nearest levels, as `nearest_codes` would assign them, without visiting every weight."""
+    cuts = torch.searchsorted(rows.values, book.middles, right=True)
+    cuts = torch.nn.functional.pad(cuts, (1, 0))
+    last = torch.full_like(cuts[:, :1], rows.values.shape[1])
+    cuts = torch.cat([cuts, last], 1)
+    return Cells(
+        *(
+            torch.empty_like(book.levels).scatter_(1, book.order, x.gather(1, cuts).diff(dim=1))
+            for x in (rows.mass, rows.moment)
+        )
+    )
+
+
+def code_cells(codes: Tensor, w: Tensor, weight: Tensor, planes: int) -> Cells:
+    """Return the cells of given codes [R, n]."""
+    empty = w.new_zeros(w.shape[0], 2**planes)
+    return Cells(empty.scatter_add(1, codes, weight), empty.scatter_add(1, codes, weight * w))
+
+
+def cell_normal(cells: Cells) -> tuple[Tensor, Tensor]:
+    """Return the weighted normal equations [R, q+1, q+1], [R, q+1] of fixed codes."""
+    planes = cells.mass.shape[1].bit_length() - 1
+    design = pattern(planes, str(cells.mass.device))
     outer = (design[:, :, None] * design[:, None, :]).flatten(1)
-    return (mass @ outer).unflatten(1, (planes + 1, planes + 1)), moment @ design
+    return (cells.mass @ outer).unflatten(1, (planes + 1, planes + 1)), cells.moment @ design
 
 
 def greedy_start(w: Tensor, weight: Tensor, planes: int, offset: bool) -> tuple[Tensor, Tensor]:
@@ -205,16 +273,15 @@ def fit_bcq(
     weight = torch.ones_like(w) if weight is None else weight.double().expand_as(w).contiguous()
     alpha, z = _starts(w, weight, planes, offset, starts)
     copies = alpha.shape[0] // w.shape[0]
-    w_all, weight_all = w.repeat(copies, 1), weight.repeat(copies, 1)
-    many = None
-    if rounding is not None:
-        many = rounding.take(torch.arange(w.shape[0], device=w.device).repeat(copies))
-        alpha, z = many.scale(alpha), many.offset(z[:, None])[:, 0]
-    fit = _alternate(w_all, weight_all, alpha, z, many, offset, rounds)
-    if copies == 1:
-        return fit
-    pick = fit.loss.unflatten(0, (copies, -1)).argmin(0) * w.shape[0] + torch.arange(w.shape[0], device=w.device)
-    return BcqFit(fit.alpha[pick], fit.codes[pick], fit.z[pick], fit.loss[pick])
+    many = torch.arange(w.shape[0], device=w.device).repeat(copies)
+    each = None if rounding is None else rounding.take(many)
+    if each is not None:
+        alpha, z = each.scale(alpha), each.offset(z[:, None])[:, 0]
+    alpha, z, loss = _alternate(sorted_rows(w, weight).take(many), alpha, z, each, offset, rounds)
+    pick = loss.unflatten(0, (copies, -1)).argmin(0) * w.shape[0] + many[: w.shape[0]]
+    alpha, z = alpha[pick], z[pick]
+    codes = nearest_codes(codebook(alpha, z), w)
+    return BcqFit(alpha, codes, z, weighted_loss(w, weight, alpha, z, codes))
 
 
 def weighted_loss(w: Tensor, weight: Tensor, alpha: Tensor, z: Tensor, codes: Tensor) -> Tensor:
@@ -223,31 +290,38 @@ def weighted_loss(w: Tensor, weight: Tensor, alpha: Tensor, z: Tensor, codes: Te
 
 
 def _alternate(
-    w: Tensor, weight: Tensor, alpha: Tensor, z: Tensor, rounding: Rounding | None, offset: bool, rounds: int
-) -> BcqFit:
-    """Alternate scales and codes from a start, keep each row's best iterate and drop rows whose codes stop changing."""
-    planes = alpha.shape[1]
-    codes = nearest_codes(codebook(alpha, z), w)
-    loss = weighted_loss(w, weight, alpha, z, codes)
-    best = [alpha.clone(), codes.clone(), z.clone(), loss.clone()]
-    rows = torch.arange(w.shape[0], device=w.device)
+    rows: SortedRows, alpha: Tensor, z: Tensor, rounding: Rounding | None, offset: bool, rounds: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Alternate scales and codes from a start; return each row's best alpha, z and loss.
+
+    Rows whose cells stop changing are dropped.
+    """
+    cells = nearest_cells(rows, codebook(alpha, z))
+    best = [alpha.clone(), z.clone(), _cell_loss(rows, cells, alpha, z)]
+    index = torch.arange(alpha.shape[0], device=alpha.device)
     for _ in range(rounds):
-        z, alpha = solve_rounded(*cell_normal(codes, w, weight, planes), rounding, offset)
+        z, alpha = solve_rounded(*cell_normal(cells), rounding, offset)
         alpha = alpha.abs().sort(dim=1, descending=True).values
-        fresh = nearest_codes(codebook(alpha, z), w)
-        loss = weighted_loss(w, weight, alpha, z, fresh)
-        better = loss < best[3][rows]
-        for kept, new in zip(best, (alpha, fresh, z, loss), strict=True):
-            kept[rows[better]] = new[better]
-        moving = (fresh != codes).any(1)
+        fresh = nearest_cells(rows, codebook(alpha, z))
+        loss = _cell_loss(rows, fresh, alpha, z)
+        better = loss < best[2][index]
+        for kept, new in zip(best, (alpha, z, loss), strict=True):
+            kept[index[better]] = new[better]
+        moving = (fresh.mass != cells.mass).any(1) | (fresh.moment != cells.moment).any(1)
         if not bool(moving.any()):
             break
-        codes = fresh
+        cells = fresh
         # Compacting costs a copy, so it waits until a quarter of the rows has settled.
         if int(moving.sum()) * 4 < 3 * moving.numel():
-            rows, w, weight, codes = rows[moving], w[moving], weight[moving], codes[moving]
+            index, rows, cells = index[moving], rows.take(moving), cells.take(moving)
             rounding = None if rounding is None else rounding.take(moving)
-    return BcqFit(best[0], best[1], best[2], best[3])
+    return best[0], best[1], best[2]
+
+
+def _cell_loss(rows: SortedRows, cells: Cells, alpha: Tensor, z: Tensor) -> Tensor:
+    """Return the weighted loss of each row from its cells, [R]; exact up to rounding relative to the row's square."""
+    levels = code_levels(alpha, z)
+    return rows.square + ((cells.mass * levels - 2 * cells.moment) * levels).sum(1)
 
 
 def row_window(weight: Tensor, terms: int) -> Window:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ir.errors import UsageError
 from ir.ops.shiftcode import ShiftCodes, dequantize, encode, group_count
-from passes.quantize.hessian import prepare
+from passes.quantize.hessian import PreparedHessian, prepare
 from passes.shiftcode.bcq import (
     Codebook,
     Rounding,
@@ -20,6 +20,7 @@ from passes.shiftcode.bcq import (
     code_planes,
     codebook,
     fit_bcq,
+    nearest_place,
     pattern,
     row_window,
     solve_rounded,
@@ -66,7 +67,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """One group in processing order: its index in storage and its columns [start, end)."""
 
     group: int
@@ -74,27 +75,43 @@ class _Span:
     end: int
 
 
-def solve(weight: Tensor, hessian: Tensor | None, spec: ShiftSpec, *, tokens: int = 0, site: str = "") -> ShiftCodes:
+@dataclass(frozen=True)
+class Metric:
+    """What a layer's inputs make of errors: the damped Hessian in processing order.
+
+    columns: int64 [K], the inputs in processing order; spans: the groups along it.
+    """
+
+    columns: Tensor
+    spans: tuple[Span, ...]
+    prepared: PreparedHessian
+
+
+def metric_of(hessian: Tensor, spec: ShiftSpec, *, tokens: int = 0, site: str = "") -> Metric:
+    """Order, damp and factor a Gram matrix [K, K] of any positive scale; tokens, site: for messages."""
+    columns, spans = _processing_order(hessian.diagonal(), spec)
+    return Metric(columns, spans, prepare(hessian[columns][:, columns], spec.damp, tokens=tokens, site=site))
+
+
+def solve(weight: Tensor, metric: Metric | None, spec: ShiftSpec, *, site: str = "") -> ShiftCodes:
     """Return the codes of a weight [N, K] that make tr(E H E^T) small, E = weight - decoded weight.
 
-    hessian: [K, K] Gram matrix of the inputs, any positive scale, or None for the identity (data-free: every group is
-    fitted alone). tokens, site: for messages. GPTQ (Frantar et al. 2023, Alg. 1) with each group's scales fitted when
-    the loop reaches it, on error-compensated weights (ShiftAddLLM section 4.2) weighted by 1/U_jj^2, the curvature a
-    column has left once later ones compensate. Raises UsageError for a weight that is not a finite matrix or a Hessian
-    of another size.
+    metric: of the layer's inputs, or None for the identity (data-free: every group is fitted alone); site: for
+    messages. GPTQ (Frantar et al. 2023, Alg. 1) with each group's scales fitted when the loop reaches it, on
+    error-compensated weights (ShiftAddLLM section 4.2) weighted by 1/U_jj^2, the curvature a column has left once later
+    ones compensate. Rows are independent: a slice of rows gets the codes it gets in the whole. Raises UsageError for a
+    weight that is not a finite matrix or a metric of another size.
     """
-    _check(weight, hessian, site)
+    _check(weight, metric, site)
     w = weight.double()
     rounding = Rounding(spec.terms, row_window(w, spec.terms))
-    if hessian is None:
+    if metric is None:
         return _solve_free(w, spec, rounding)
-    columns, spans = _processing_order(hessian.diagonal(), spec)
-    prepared = prepare(hessian[columns][:, columns], spec.damp, tokens=tokens, site=site)
-    w = w[:, columns].masked_fill(prepared.dead, 0.0)
-    state = _column_loop(w, prepared.upper, spans, spec, rounding)
+    w = w[:, metric.columns].masked_fill(metric.prepared.dead, 0.0)
+    state = _column_loop(w, metric, spec, rounding)
     for _ in range(spec.sweeps):
-        _sweep(w, prepared.matrix, state, spans, spec, rounding)
-    back = torch.argsort(columns)
+        _sweep(w, metric, state, spec, rounding)
+    back = torch.argsort(metric.columns)
     offset = state.z if spec.offset else None
     return encode(code_planes(state.codes[:, back], spec.bits), state.alpha, offset, spec.group, spec.terms)
 
@@ -115,14 +132,12 @@ def loss(weight: Tensor, codes: ShiftCodes, hessian: Tensor | None) -> float:
     return relative_loss(weight, dequantize(codes, torch.float64), hessian)
 
 
-def _check(weight: Tensor, hessian: Tensor | None, site: str) -> None:
+def _check(weight: Tensor, metric: Metric | None, site: str) -> None:
     if weight.ndim != 2 or not torch.isfinite(weight).all():
         raise UsageError("the weight must be a finite matrix", where=site, why=f"its shape is {list(weight.shape)}")
-    if hessian is not None and hessian.shape != (weight.shape[1], weight.shape[1]):
+    if metric is not None and metric.columns.shape[0] != weight.shape[1]:
         raise UsageError(
-            f"the Hessian must be [{weight.shape[1]}, {weight.shape[1]}]",
-            where=site,
-            why=f"it is {list(hessian.shape)}",
+            f"the metric of {weight.shape[1]} inputs is needed", where=site, why=f"it has {metric.columns.shape[0]}"
         )
 
 
@@ -141,7 +156,7 @@ def _solve_free(w: Tensor, spec: ShiftSpec, rounding: Rounding) -> ShiftCodes:
     return encode(planes, fit.alpha.reshape(rows, groups, -1), offset, spec.group, spec.terms)
 
 
-def _processing_order(diagonal: Tensor, spec: ShiftSpec) -> tuple[Tensor, list[_Span]]:
+def _processing_order(diagonal: Tensor, spec: ShiftSpec) -> tuple[Tensor, tuple[Span, ...]]:
     """Return the processing order of the columns and the groups as spans of it, both by falling Hessian diagonal.
 
     Groups stay whole, so the order costs nothing in storage.
@@ -156,21 +171,21 @@ def _processing_order(diagonal: Tensor, spec: ShiftSpec) -> tuple[Tensor, list[_
         pieces = [p[torch.argsort(diagonal[p], descending=True, stable=True)] for p in pieces]
     spans, start = [], 0
     for g in order:
-        spans.append(_Span(g, start, start + len(pieces[g])))
+        spans.append(Span(g, start, start + len(pieces[g])))
         start += len(pieces[g])
-    return torch.cat([pieces[g] for g in order]), spans
+    return torch.cat([pieces[g] for g in order]), tuple(spans)
 
 
-def _column_loop(w: Tensor, upper: Tensor, spans: list[_Span], spec: ShiftSpec, rounding: Rounding) -> _State:
+def _column_loop(w: Tensor, metric: Metric, spec: ShiftSpec, rounding: Rounding) -> _State:
     """Run GPTQ's loop with the fit inside; w [N, K] and upper [K, K] are in processing order."""
-    rows = w.shape[0]
+    upper, rows, groups = metric.prepared.upper, w.shape[0], len(metric.spans)
     state = _State(
-        w.new_zeros(rows, len(spans), spec.bits),
-        w.new_zeros(rows, len(spans)),
+        w.new_zeros(rows, groups, spec.bits),
+        w.new_zeros(rows, groups),
         torch.zeros(w.shape, dtype=torch.int64, device=w.device),
     )
     w = w.clone()
-    for span in spans:
+    for span in metric.spans:
         s, e = span.start, span.end
         local = upper[s:e, s:e]
         fit = fit_bcq(
@@ -199,17 +214,18 @@ def _code_columns(w: Tensor, upper: Tensor, book: Codebook, block: int) -> tuple
     """Code the columns of one group in turn, pushing its error into the later ones; returns codes, errors / U_jj."""
     # Transposed, so that the column at hand is contiguous.
     w = w.T.contiguous()
-    codes = torch.empty(w.shape, dtype=torch.int64, device=w.device)
+    middles, levels = book.middles.T.contiguous(), book.levels.T.contiguous()
+    places = torch.empty(w.shape, dtype=torch.int64, device=w.device)
     scaled = torch.empty_like(w)
+    pivots = upper.diagonal().tolist()
     for start in range(0, w.shape[0], block):
         end = min(start + block, w.shape[0])
         for j in range(start, end):
-            index = torch.searchsorted(book.middles, w[j, :, None])
-            codes[j] = book.order.gather(1, index)[:, 0]
-            scaled[j] = (w[j] - book.levels.gather(1, index)[:, 0]) / upper[j, j]
+            nearest_place(middles, w[j], out=places[j])
+            torch.sub(w[j], levels.gather(0, places[j, None])[0], out=scaled[j]).div_(pivots[j])
             w[j + 1 : end].addcmul_(upper[j, j + 1 : end, None], scaled[j, None], value=-1.0)
         w[end:] -= upper[start:end, end:].T @ scaled[start:end]
-    return codes.T.contiguous(), scaled.T
+    return book.order.gather(1, places.T), scaled.T
 
 
 def quadratic(error: Tensor, h: Tensor) -> Tensor:
@@ -257,26 +273,30 @@ def _full_normal(w: Tensor, h: Tensor, codes: Tensor, planes: int) -> tuple[Tens
 
 def _descend(w: Tensor, h: Tensor, alpha: Tensor, z: Tensor, codes: Tensor) -> Tensor:
     """Set each column's code in turn to the minimiser of the row's quadratic, the others fixed; returns the codes."""
-    book = codebook(alpha, z)
     # Columns are visited one by one, so everything is kept transposed to make them contiguous.
+    book = codebook(alpha, z)
+    middles, levels = book.middles.T.contiguous(), book.levels.T.contiguous()
     q = code_levels(alpha, z).gather(1, codes).T.contiguous()
     gradient = h @ (q - w.T)
-    result = torch.empty_like(q, dtype=torch.int64)
-    for j in range(q.shape[0]):
-        index = torch.searchsorted(book.middles, (q[j] - gradient[j] / h[j, j])[:, None])
-        result[j] = book.order.gather(1, index)[:, 0]
-        gradient.addcmul_(h[:, j : j + 1], (book.levels.gather(1, index)[:, 0] - q[j])[None])
-    return result.T.contiguous()
+    places = torch.empty_like(q, dtype=torch.int64)
+    # Views are cut beforehand: at a thousand rows an indexing costs as much as the arithmetic.
+    tails = [(gradient[j + 1 :], h[j + 1 :, j, None]) for j in range(q.shape[0])]
+    curvature = h.diagonal().tolist()
+    for level, slope, place, curve, (later, column) in zip(q, gradient, places, curvature, tails, strict=True):
+        nearest_place(middles, torch.sub(level, slope, alpha=1 / curve), out=place)
+        step = levels.gather(0, place[None]).sub_(level)
+        later.addcmul_(column, step)
+    return book.order.gather(1, places.T)
 
 
-def _sweep(w: Tensor, h: Tensor, state: _State, spans: list[_Span], spec: ShiftSpec, rounding: Rounding) -> None:
+def _sweep(w: Tensor, metric: Metric, state: _State, spec: ShiftSpec, rounding: Rounding) -> None:
     """Polish every group once with all others fixed, in place; each row's tr(E H E^T) never rises."""
-    q = w.new_zeros(w.shape)
-    for span in spans:
+    h, q = metric.prepared.matrix, w.new_zeros(w.shape)
+    for span in metric.spans:
         levels = code_levels(state.alpha[:, span.group], state.z[:, span.group])
         q[:, span.start : span.end] = levels.gather(1, state.codes[:, span.start : span.end])
     gradient = (q - w) @ h
-    for span in spans:
+    for span in metric.spans:
         s, e, g = span.start, span.end, span.group
         local = h[s:e, s:e]
         factor = torch.linalg.cholesky(local)
@@ -285,6 +305,5 @@ def _sweep(w: Tensor, h: Tensor, state: _State, spans: list[_Span], spec: ShiftS
             target, local, state.alpha[:, g], state.z[:, g], state.codes[:, s:e], rounding, spec.offset, 1
         )
         fresh = code_levels(alpha, z).gather(1, codes)
-        gradient += (fresh - q[:, s:e]) @ h[s:e]
-        q[:, s:e] = fresh
+        gradient[:, e:] += (fresh - q[:, s:e]) @ h[s:e, e:]
         state.alpha[:, g], state.z[:, g], state.codes[:, s:e] = alpha, z, codes
