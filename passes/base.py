@@ -128,6 +128,9 @@ class Log:
         return step
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 @dataclass(frozen=True)
 class Context:
     """What a pass is handed beside the program.
@@ -135,6 +138,7 @@ class Context:
     calibration: token ids, one i64[batch,seq] tensor a batch, or None where the pipeline needs no data.
     work: directory that outlives an interrupted run, for resuming, or None.
     strict: whether a site that a pass skips is an error.
+    precision: of the matrix products that carry calibration; bfloat16 rounds their inputs and adds in float32.
     """
 
     seed: int = 0
@@ -142,6 +146,7 @@ class Context:
     calibration: Sequence[torch.Tensor] | None = None
     work: Path | None = None
     strict: bool = False
+    precision: Precision = "float32"
 
 
 class OptionError(UsageError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,14 +15,14 @@ from ir.errors import UnsupportedError, UsageError
 from ir.execute import empty_inputs
 from ir.program import Program, release
 from ir.region import Region, region
-from passes.base import Context
+from passes.base import Context, Precision
 
 Callback = Callable[[Tensor], None]
 
 
 @dataclass
 class _Flow:
-    """One stream of activations through a program.
+    """One stream of activations through a program, with matrix products in `precision`.
 
     entry: the value entering the current block, per batch; carried: the token ids and other token-dependent values of
     the prologue that blocks read, per batch; ambient: values that depend on shapes only, per batch shape.
@@ -33,6 +34,7 @@ class _Flow:
     carried: list[dict[str, Tensor]]
     ambient: dict[torch.Size, dict[str, Tensor]]
     shapes: list[torch.Size]
+    precision: Precision
 
     def values(self, batch: int, block: Block) -> Mapping[str, Tensor]:
         known = {**self.ambient[self.shapes[batch]], **self.carried[batch]}
@@ -81,13 +83,14 @@ def walk(program: Program, ctx: Context, stream: Literal["float", "compressed", 
             fix="use a pass or option that needs no calibration (calib=none)",
         )
     batches = calibration(ctx)
-    compressed = _start(program, plan, batches) if stream != "float" else None
-    original = program.clone() if stream != "compressed" else None
-    original_plan = layout(original) if original is not None else None
-    floating = _start(original, original_plan, batches) if original is not None and original_plan is not None else None
+    compressed = _start(program, plan, batches, ctx.precision) if stream != "float" else None
+    floating = None
+    if stream != "compressed":
+        original = program.clone()
+        floating = _start(original, layout(original), batches, ctx.precision)
     step = ctx.log.progress(len(plan.blocks), label)
     for block in plan.blocks:
-        float_block = original_plan.blocks[block.index] if original_plan is not None else None
+        float_block = floating.plan.blocks[block.index] if floating is not None else None
         yield Step(block, compressed, floating, float_block)
         last = block.index == len(plan.blocks) - 1
         for flow, owner in ((compressed, block), (floating, float_block)):
@@ -117,14 +120,14 @@ def calibration(ctx: Context) -> Sequence[Tensor]:
     return ctx.calibration
 
 
-def _start(program: Program, plan: Layout, batches: Sequence[Tensor]) -> _Flow:
+def _start(program: Program, plan: Layout, batches: Sequence[Tensor], precision: Precision) -> _Flow:
     """Run the prologue on every batch and keep what the blocks read of it."""
     carriers = token_carriers(program)
     inside = {n for block in plan.blocks for n in block.nodes}
     read = {s for n in inside for s in n.all_input_nodes if s not in inside and s.op == "call_function"}
     entry = plan.blocks[0].entry
     outputs = [n for n in plan.prologue if n in read or n is entry]
-    flow = _Flow(program, plan, [], [], {}, [])
+    flow = _Flow(program, plan, [], [], {}, [], precision)
     part = region(program, plan.prologue, outputs)
     module = part.module(decode=True)
     for ids in batches:
@@ -153,12 +156,13 @@ def _run(flow: _Flow, block: Block, wanted: Mapping[fx.Node, Callback]) -> None:
     nodes = dict.fromkeys(n for w in inner for n in between(flow.program, block.entry, w, _outside(flow)))
     part = region(flow.program, nodes, inner)
     module = part.module(decode=True) if inner else None
-    for batch in range(len(flow.entry)):
-        if block.entry in wanted:
-            wanted[block.entry](flow.entry[batch])
-        if module is not None:
-            for node, value in zip(inner, _call(module, part, flow.values(batch, block)), strict=True):
-                wanted[node](value)
+    with _products_in(flow.precision):
+        for batch in range(len(flow.entry)):
+            if block.entry in wanted:
+                wanted[block.entry](flow.entry[batch])
+            if module is not None:
+                for node, value in zip(inner, _call(module, part, flow.values(batch, block)), strict=True):
+                    wanted[node](value)
     if module is not None:
         release(module)
 
@@ -168,6 +172,18 @@ def _advance(flow: _Flow, block: Block) -> None:
     nodes = between(flow.program, block.entry, block.exit, _outside(flow))
     part = region(flow.program, nodes, [block.exit])
     module = part.module(decode=True)
-    for batch in range(len(flow.entry)):
-        flow.entry[batch] = _call(module, part, flow.values(batch, block))[0]
+    with _products_in(flow.precision):
+        for batch in range(len(flow.entry)):
+            flow.entry[batch] = _call(module, part, flow.values(batch, block))[0]
     release(module)
+
+
+@contextmanager
+def _products_in(precision: Precision) -> Iterator[None]:
+    """Take float32 matrix products in `precision` while the block runs, callbacks included."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    kept, setting.fp32_precision = setting.fp32_precision, "bf16" if precision == "bfloat16" else "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = kept

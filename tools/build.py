@@ -18,7 +18,7 @@ from tools.console import note
 if TYPE_CHECKING:
     from frontend.open import Model
     from ir.program import Program
-    from passes.base import Event
+    from passes.base import Event, Precision
     from passes.manager import PassReport
     from passes.pipeline import Pipeline
     from tools.calibration import TokenData
@@ -41,6 +41,7 @@ class BuildOptions:
     samples: int = 128
     seqlen: int = 512
     seed: int = 0
+    precision: Precision = "float32"
     resume: bool = False
     dump_ir: Literal["none", "before", "after", "each"] = "none"
     verify: Literal["off", "each", "full"] = "each"
@@ -227,7 +228,7 @@ def _run(
 
     log = Log() if listener is None else Log(listener=listener)
     calibration = None if data is None else data.calibration
-    ctx = Context(options.seed, log, calibration, work, options.strict)
+    ctx = Context(options.seed, log, calibration, work, options.strict, options.precision)
     settings = Settings(options.verify, options.verify != "off", options.dump_ir, work)
     reports = run_pipeline(program, planned.pipeline, ctx, settings)
     for report in reports:
@@ -289,8 +290,9 @@ def _finish(
 
 
 def _settings(options: BuildOptions, data: TokenData | None) -> dict[str, Any]:
-    chosen = {"calib": options.calib, "samples": options.samples, "seqlen": options.seqlen, "seed": options.seed}
-    return {**chosen, "calibration_sha256": None if data is None else data.digest}
+    names = ("calib", "samples", "seqlen", "seed", "precision")
+    digest = None if data is None else data.digest
+    return {**{name: getattr(options, name) for name in names}, "calibration_sha256": digest}
 
 
 def _write_manifest(

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=int, default=128, help="calibration windows")
     p.add_argument("--seqlen", type=int, default=512, help="tokens a window")
     p.add_argument("--seed", type=int, default=0, help="of the choice of windows, and of every pass")
+    p.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of calibration's products")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted compilation")
     p.add_argument("--dry-run", action="store_true", help="say what would be done and what it takes, then stop")
     p.add_argument("--dump-ir", default="none", choices=["none", "before", "after", "each"], help="keep text dumps")
@@ -75,8 +76,8 @@ def _options(args: argparse.Namespace) -> BuildOptions:
         raise UsageError("a pipeline comes from --passes or from --recipe, not from both")
     passes = f"@{args.recipe}" if args.recipe is not None else args.passes
     return BuildOptions(
-        args.model, passes, args.out, args.target, args.calib, args.samples, args.seqlen, args.seed, args.resume,
-        args.dump_ir, args.verify, args.strict, args.keep_order, not args.no_gate, args.max_kl,
+        args.model, passes, args.out, args.target, args.calib, args.samples, args.seqlen, args.seed, args.precision,
+        args.resume, args.dump_ir, args.verify, args.strict, args.keep_order, not args.no_gate, args.max_kl,
     )  # fmt: skip
 
 

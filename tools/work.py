@@ -82,7 +82,15 @@ def _fingerprint(options: BuildOptions, model: Model, pipeline: Pipeline, data: 
     import torch
 
     text = data.digest if data else ""
-    facts = [model.fingerprint, _stamps(model.path), str(pipeline), text, options.seed, _code_version()]
+    facts = [
+        model.fingerprint,
+        _stamps(model.path),
+        str(pipeline),
+        text,
+        options.seed,
+        options.precision,
+        _code_version(),
+    ]
     return hashlib.sha256(json.dumps([*facts, torch.__version__]).encode()).hexdigest()
 
 
