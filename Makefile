@@ -6,9 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/smol
 MODEL ?= smollm2-135m
-PASSES ?= shiftadd,fold
-# Fewer calibration windows than compile's own default, so that the demo takes minutes.
-SAMPLES ?= 32
+# A quick fit on few windows, so that the demo takes minutes; compile's own defaults take their time and fit closer.
+PASSES ?= shiftadd{starts=1 rounds=5 polish=0 sweeps=0},fold
+SAMPLES ?= 16
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
 
@@ -54,7 +54,8 @@ test-real: venv
 # compile refuses to write over an artifact, so that a rerun of the demo has to clear its own.
 demo: venv
 	rm -rf $(OUT)
-	$(BIN)/python -m tools.compile $(MODEL) --passes "$(PASSES)" --out $(OUT) --samples $(SAMPLES)
+	$(BIN)/python -m tools.compile $(MODEL) --passes "$(PASSES)" --out $(OUT) --samples $(SAMPLES) \
+	    --precision bfloat16
 	$(BIN)/python -m tools.evaluate $(OUT) --against $(MODEL) --ctx 512 --windows 6 --last
 	$(BIN)/python -m tools.generate $(OUT) "$(PROMPT)" -n 32
 
