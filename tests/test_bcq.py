@@ -17,10 +17,12 @@ from passes.shiftcode.bcq import (
     codebook,
     fit_bcq,
     greedy_start,
+    nearest_cells,
     nearest_codes,
     pattern,
     row_window,
     solve_rounded,
+    sorted_rows,
     weighted_loss,
 )
 
@@ -39,6 +41,20 @@ def test_nearest_codes_equal_brute_force(planes: int, rows: int, n: int, seed: i
     chosen = (levels.gather(1, codes) - w).abs()
     brute = (levels[:, None, :] - w[:, :, None]).abs().amin(2)
     torch.testing.assert_close(chosen, brute, rtol=1e-14, atol=1e-15)
+
+
+@settings(max_examples=40, deadline=None)
+@given(planes=st.integers(1, 4), rows=st.integers(1, 5), n=st.integers(1, 30), seed=st.integers(0, 2**31))
+def test_cells_of_sorted_rows_are_those_of_the_codes(planes: int, rows: int, n: int, seed: int) -> None:
+    w, alpha, z = normal(rows, n, seed=seed), normal(rows, planes, seed=seed + 1).abs(), normal(rows, seed=seed + 2)
+    # Quarters tie with each other and with the middles.
+    w, alpha, z = (torch.round(4 * x) / 4 for x in (w, alpha, z))
+    weight = normal(rows, n, seed=seed + 3).square()
+    book = codebook(alpha, z)
+    expected = code_cells(nearest_codes(book, w), w, weight, planes)
+    found = nearest_cells(sorted_rows(w, weight), book)
+    torch.testing.assert_close(found.mass, expected.mass, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.moment, expected.moment, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("offset", [False, True])

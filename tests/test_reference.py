@@ -9,7 +9,7 @@ import torch
 
 from backends import backend_names, load_backend
 from backends.reference import BACKEND
-from backends.reference.execute import MODES, by_shifts, executable
+from backends.reference.execute import MODES, executable
 from backends.reference.runtime import ReferenceRuntime
 from ir.errors import UnsupportedError, UsageError
 from ir.program import Program
@@ -94,9 +94,9 @@ def test_shift_evaluation_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch)
     c = plane_codes(torch.randn(8, 2 * GROUP))
     arguments = (c.signs, c.scales, c.exponents, c.offsets, torch.randn(8), GROUP, TERMS)
     x = torch.randn(3, 5, 2 * GROUP)
-    whole = by_shifts(x, *arguments)
-    monkeypatch.setattr("backends.reference.execute._SHIFT_ELEMENTS", 8 * 2 * 4)
-    pieces = by_shifts(x, *arguments)
+    whole = shiftadd_by_shifts(x, *arguments)
+    monkeypatch.setattr("ir.ops.shiftadd._SHIFTED_AT_ONCE", 8 * 2 * 4)
+    pieces = shiftadd_by_shifts(x, *arguments)
     assert pieces.shape == (3, 5, 8)
     torch.testing.assert_close(pieces, whole)
 

@@ -230,3 +230,17 @@ def test_the_program_is_left_as_it_was(tiny_model: Program) -> None:
     assert program.version == version
     Editor(program, "test").sweep()
     assert program.version == version
+
+
+def test_products_in_bfloat16_stay_near_and_end_with_the_walk(tiny_model: Program) -> None:
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    found: dict[str, list[Tensor]] = {}
+    for precision in ("float32", "bfloat16"):
+        rows = found[precision] = []
+        for step in walk(tiny_model.clone(), Context(calibration=batches((4, 40)), precision=precision), "float", "x"):
+            name = linear_sites(tiny_model, step.block.nodes)[0][-1].node.name
+            step.observe_float({name: keep(rows)})
+            assert setting.fp32_precision == before
+    for exact, near in zip(found["float32"], found["bfloat16"], strict=True):
+        assert float((near - exact).norm() / exact.norm()) < 2e-2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ir.errors import UsageError
 from ir.ops.shiftadd import shiftadd_by_shifts
@@ -16,8 +16,6 @@ MODES = {
     SHIFT: "evaluate shift-add linears by additions and shifts alone (slow: it shows that no multiply is needed)",
     CODES: "decode each weight anew in every call, as the operators are defined (least memory)",
 }
-# Elements of one intermediate [tokens, rows, groups] of the shift evaluation; 2**22 float64 are 32 MiB.
-_SHIFT_ELEMENTS = 1 << 22
 
 
 def executable(program: Program, mode: str = DEFAULT_MODE) -> nn.Module:
@@ -39,27 +37,5 @@ def executable(program: Program, mode: str = DEFAULT_MODE) -> nn.Module:
         return program.module(decode=True)
     copy = program.clone()
     for node in copy.calls(torch.ops.nomul.shiftadd_linear):
-        node.target = by_shifts
+        node.target = shiftadd_by_shifts
     return copy.module()
-
-
-def by_shifts(
-    x: Tensor,
-    signs: Tensor,
-    scales: Tensor,
-    exponents: Tensor,
-    offsets: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-    terms: int,
-) -> Tensor:
-    """Evaluate a shift-add linear by real shifts, some tokens at a time so that its intermediates stay small.
-
-    Arguments as for `nomul::shiftadd_linear`.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    step = max(1, _SHIFT_ELEMENTS // (signs.shape[1] * -(-x.shape[-1] // group)))
-    parts = [
-        shiftadd_by_shifts(part, signs, scales, exponents, offsets, bias, group, terms) for part in flat.split(step)
-    ]
-    return torch.cat(parts).reshape(*x.shape[:-1], signs.shape[1])

@@ -11,6 +11,9 @@ from ir.ops.packing import unpack_bits
 from ir.ops.shift import shift
 from ir.ops.shiftcode import OFFSET_OCTAVES, SCALE_OCTAVES, ShiftCodes, dequantize
 
+# 2**22 values are 32 MiB in float64.
+_SHIFTED_AT_ONCE = 1 << 22
+
 
 def _codes(x: Tensor, signs: Tensor, scales: Tensor, exponents: Tensor, offsets: Tensor | None, group: int, terms: int):  # type: ignore[no-untyped-def]
     return ShiftCodes(signs, scales, exponents, offsets, group, terms, x.shape[-1])
@@ -75,23 +78,30 @@ def shiftadd_by_shifts(
     term of the scale shifts that sum (`ir.ops.shift.shift`); no weight is ever decoded to a float.
     """
     codes = _codes(x, signs, scales, exponents, offsets, group, terms)
-    flat = x.reshape(-1, codes.in_features)
-    pad = codes.groups * group - codes.in_features if group < codes.in_features else 0
-    grouped = functional.pad(flat, (0, pad)).unflatten(1, (codes.groups, -1))
-    total = flat.new_zeros(flat.shape[0], codes.rows)
-    shape = (codes.rows, codes.groups, codes.planes, terms)
-    nibbles = unpack_bits(scales, 4, codes.groups * codes.planes * terms).reshape(shape)
+    # Some tokens at a time, so that what is shifted, one value a token, row and group, stays small.
+    step = max(1, _SHIFTED_AT_ONCE // (codes.rows * codes.groups))
+    parts = [_by_shifts(tokens, codes) for tokens in x.reshape(-1, codes.in_features).split(step)]
+    total = torch.cat(parts).reshape(*x.shape[:-1], codes.rows)
+    return total if bias is None else total + bias
+
+
+def _by_shifts(x: Tensor, codes: ShiftCodes) -> Tensor:
+    """Return x W^T for tokens x [T, K]."""
+    groups, terms = codes.groups, codes.terms
+    pad = groups * codes.group - codes.in_features if codes.group < codes.in_features else 0
+    grouped = functional.pad(x, (0, pad)).unflatten(1, (groups, -1))
+    total = x.new_zeros(x.shape[0], codes.rows)
+    nibbles = unpack_bits(codes.scales, 4, groups * codes.planes * terms)
+    nibbles = nibbles.reshape(codes.rows, groups, codes.planes, terms)
     for plane in range(codes.planes):
-        plus = functional.pad(unpack_bits(signs[plane], 1, codes.in_features), (0, pad)).to(x.dtype) * 2 - 1
-        sums = torch.einsum("tgk,ngk->tng", grouped, plus.unflatten(1, (codes.groups, -1)))
-        total = total + _shift_terms(sums, nibbles[:, :, plane], exponents[:, 0], SCALE_OCTAVES, signed=False)
-    if offsets is not None:
-        nibbles = unpack_bits(offsets, 4, codes.groups * terms).reshape(codes.rows, codes.groups, terms)
+        plus = functional.pad(unpack_bits(codes.signs[plane], 1, codes.in_features), (0, pad)).to(x.dtype) * 2 - 1
+        sums = torch.einsum("tgk,ngk->tng", grouped, plus.unflatten(1, (groups, -1)))
+        total = total + _shift_terms(sums, nibbles[:, :, plane], codes.exponents[:, 0], SCALE_OCTAVES, signed=False)
+    if codes.offsets is not None:
+        nibbles = unpack_bits(codes.offsets, 4, groups * terms).reshape(codes.rows, groups, terms)
         sums = grouped.sum(-1)[:, None, :].expand(-1, codes.rows, -1)
-        total = total + _shift_terms(sums, nibbles, exponents[:, 1], OFFSET_OCTAVES, signed=True)
-    if bias is not None:
-        total = total + bias
-    return total.reshape(*x.shape[:-1], codes.rows)
+        total = total + _shift_terms(sums, nibbles, codes.exponents[:, 1], OFFSET_OCTAVES, signed=True)
+    return total
 
 
 def _shift_terms(sums: Tensor, nibbles: Tensor, row: Tensor, octaves: int, signed: bool) -> Tensor:
