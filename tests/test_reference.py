@@ -12,6 +12,7 @@ from backends.reference import BACKEND
 from backends.reference.execute import MODES, executable
 from backends.reference.runtime import ReferenceRuntime
 from ir.errors import UnsupportedError, UsageError
+from ir.ops.shiftadd import shiftadd_by_shifts
 from ir.program import Program
 from ir.text import dump
 from ir.types import TensorType

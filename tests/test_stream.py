@@ -237,9 +237,9 @@ def test_products_in_bfloat16_stay_near_and_end_with_the_walk(tiny_model: Progra
     before = setting.fp32_precision
     found: dict[str, list[Tensor]] = {}
     for precision in ("float32", "bfloat16"):
-        rows = found[precision] = []
-        for step in walk(tiny_model.clone(), Context(calibration=batches((4, 40)), precision=precision), "float", "x"):
-            name = linear_sites(tiny_model, step.block.nodes)[0][-1].node.name
+        rows, program = found.setdefault(precision, []), tiny_model.clone()
+        for step in walk(program, Context(calibration=batches((4, 40)), precision=precision), "float", "x"):  # type: ignore[arg-type]
+            name = linear_sites(program, step.block.nodes)[0][-1].node.name
             step.observe_float({name: keep(rows)})
             assert setting.fp32_precision == before
     for exact, near in zip(found["float32"], found["bfloat16"], strict=True):
