@@ -95,11 +95,12 @@ def compile(
     """Compile a model into the artifact directory `out` and return the report.
 
     passes: a pipeline such as `fold,shiftadd{bits=3}`; listener: is called with what passes report as they run;
-    options: further fields of `tools.build.BuildOptions`. Errors are those of `tools.build.compile_model`.
+    options: further fields of `tools.options.BuildOptions`. Errors are those of `tools.build.compile_model`.
     """
     from pathlib import Path
 
-    from tools.build import BuildOptions, compile_model
+    from tools.build import compile_model
+    from tools.options import BuildOptions
 
     return compile_model(BuildOptions(str(model), passes, Path(out), **options), listener)
 

@@ -14,7 +14,7 @@ import pytest
 import nomul
 from tests.tiny_model import compressed_tiny, write_artifact
 from tools import console
-from tools.build import BuildOptions
+from tools.options import BuildOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("evaluate", "generate", "inspect", "diff", "passes")

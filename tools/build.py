@@ -10,45 +10,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ir.errors import UnsupportedError, UsageError
 from tools.console import note
+from tools.options import BuildOptions, check_options
 
 if TYPE_CHECKING:
     from frontend.open import Model
     from ir.program import Program
-    from passes.base import Event, Precision
+    from passes.base import Event
     from passes.manager import PassReport
     from passes.pipeline import Pipeline
     from tools.calibration import TokenData
     from tools.estimate import Estimate
     from tools.gate import Quality
     from tools.report import Report
-
-DEFAULT_MAX_KL = 3.0
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """The options of a compilation, as on the command line."""
-
-    model: str
-    passes: str
-    out: Path
-    target: str = "reference"
-    calib: str = "builtin"
-    samples: int = 128
-    seqlen: int = 512
-    seed: int = 0
-    precision: Precision = "float32"
-    resume: bool = False
-    dump_ir: Literal["none", "before", "after", "each"] = "none"
-    verify: Literal["off", "each", "full"] = "each"
-    strict: bool = False
-    keep_order: bool = False
-    gate: bool = True
-    max_kl: float = DEFAULT_MAX_KL
 
 
 @dataclass
@@ -80,29 +57,9 @@ def plan(options: BuildOptions) -> Plan:
     if options.target not in backend_names():
         known = ", ".join(backend_names())
         raise UsageError(f"there is no target {options.target}", fix=f"the targets are {known}")
-    _check_options(options)
+    check_options(options)
     pipeline, notes = schedule(parse(options.passes), options.keep_order)
     return Plan(pipeline, tuple(notes))
-
-
-def _check_options(options: BuildOptions) -> None:
-    for name, value, low, high in (
-        ("--samples", options.samples, 1, float("inf")),
-        ("--seqlen", options.seqlen, 2, float("inf")),
-        ("--seed", options.seed, 0, 2**63 - 1),
-        ("--max-kl", options.max_kl, 0, float("inf")),
-    ):
-        if not low <= value <= high:
-            most = "or more" if high == float("inf") else f"to {high}"
-            raise UsageError(f"{name} {value} is out of range", fix=f"give {low} {most}")
-    if options.out.exists():
-        raise UsageError(
-            "the output directory exists", where=str(options.out), fix="choose another --out, or remove it"
-        )
-    home = next(p for p in options.out.absolute().parents if p.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        why = "it cannot be written" if home.is_dir() else "it is a file"
-        raise UsageError("the output directory cannot be made", where=str(home), why=why, fix="choose another --out")
 
 
 def dry_run(options: BuildOptions) -> tuple[Plan, Estimate, str]:

@@ -15,7 +15,7 @@ from tools.entry import run
 
 if TYPE_CHECKING:
     from passes.base import Event
-    from tools.build import BuildOptions
+    from tools.options import BuildOptions
     from tools.report import Report
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _options(args: argparse.Namespace) -> BuildOptions:
     from ir.errors import UsageError
-    from tools.build import BuildOptions
+    from tools.options import BuildOptions
 
     if args.recipe is not None and args.passes:
         raise UsageError("a pipeline comes from --passes or from --recipe, not from both")

@@ -17,8 +17,8 @@ from tools.console import note
 if TYPE_CHECKING:
     from frontend.open import Model
     from passes.pipeline import Pipeline
-    from tools.build import BuildOptions
     from tools.calibration import TokenData
+    from tools.options import BuildOptions
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
