@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from ir.errors import InvariantError, NomulError, UnsupportedError
 from ir.program import Program
 from ir.text import dump
 from ir.verify import verify
 from passes.base import Context, Diagnostic, Event, Log, Pass, SiteReport
+from passes.memory import PeakMemory, give_back_memory
 from passes.pipeline import Pipeline, check
 from passes.probe import Probe, check_probe, float_dtype, take_probe
 
@@ -55,29 +53,6 @@ class _Run:
     probe: Probe | None = None
     probed: tuple[int, int] = (-1, -1)
     reports: list[PassReport] = field(default_factory=list)
-
-
-class PeakMemory:
-    """Samples this process's resident memory in a thread while it is entered; `bytes` is the largest seen."""
-
-    def __init__(self, every: float = 0.02) -> None:
-        self.bytes, self._every, self._stop = 0, every, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        process = psutil.Process()
-        while True:
-            self.bytes = max(self.bytes, process.memory_info().rss)
-            if self._stop.wait(self._every):
-                return
-
-    def __enter__(self) -> PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 def run_pipeline(
@@ -127,6 +102,7 @@ def _run_one(program: Program, pass_: Pass, ctx: Context, settings: Settings, st
     start = time.perf_counter()
     with PeakMemory() as peak:
         pass_.run(program, replace(ctx, log=log, work=work))
+    give_back_memory()
     seconds = time.perf_counter() - start
     ctx.log.reports.extend(log.reports)
     ctx.log.diagnostics.extend(log.diagnostics)

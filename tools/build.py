@@ -83,7 +83,7 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
     A report whose quality gate failed belongs to an artifact that is kept and marked.
     """
     from frontend.open import open_model
-    from passes.manager import PeakMemory
+    from passes.memory import PeakMemory
     from passes.pipeline import check
     from tools.estimate import check_resources, estimate
     from tools.text import load_text

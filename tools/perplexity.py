@@ -12,8 +12,8 @@ from torch import Tensor
 from ir.errors import UsageError
 
 FORMULA = "exp(mean over all windows w and positions t = 1..ctx-1 of -ln p(token[w,t] | token[w,0..t-1]))"
-# Tokens whose log-softmax is held at once: 128 rows of 49152 words are 25 MB in float32.
-_CHUNK = 128
+# Tokens whose log-softmax is held at once, in several copies: 32 rows of 49152 words are 6 MB in float32.
+_CHUNK = 32
 
 
 def window_tokens(ids: Sequence[int], ctx: int, windows: int | None = None) -> Tensor:
