@@ -235,6 +235,12 @@ def test_the_program_is_left_as_it_was(tiny_model: Program) -> None:
 def test_products_in_bfloat16_stay_near_and_end_with_the_walk(tiny_model: Program) -> None:
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
+    # Where the CPU has no bfloat16 products, the setting leaves them in float32.
+    x, w = torch.randn(160, 32), torch.randn(32, 32)
+    whole = x @ w
+    setting.fp32_precision = "bf16"
+    rounds = not torch.equal(x @ w, whole)
+    setting.fp32_precision = before
     found: dict[str, list[Tensor]] = {}
     for precision in ("float32", "bfloat16"):
         rows, program = found.setdefault(precision, []), tiny_model.clone()
@@ -244,3 +250,4 @@ def test_products_in_bfloat16_stay_near_and_end_with_the_walk(tiny_model: Progra
             assert setting.fp32_precision == before
     for exact, near in zip(found["float32"], found["bfloat16"], strict=True):
         assert float((near - exact).norm() / exact.norm()) < 2e-2
+        assert torch.equal(near, exact) != rounds
