@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
-from ir.op_checks import Check, Dims, Site, differ, same_dims
+from ir.errors import UsageError
+from ir.op_checks import Check, Dims, Site, differ, same_dims, tensor_of
+from ir.ops.codes import group_count, meaning, part_types
 from ir.ops.packing import packed_length
-from ir.ops.shiftcode import group_count
+from ir.ops.powerterms import MAX_TERMS
+from ir.rotation_checks import hadamard
+from ir.types import TensorType
 
 
 def stored(site: Site, name: str, dtype: torch.dtype, dims: Dims | None) -> Iterator[str]:
     """Yield what is wrong with a stored tensor of fixed dtype and dims; an absent optional one is right."""
-    kind = site.tensor(name)
+    yield from _stored(site.tensor(name), name, dtype, dims)
+
+
+def _stored(kind: TensorType | None, name: str, dtype: torch.dtype, dims: Dims | None) -> Iterator[str]:
     if kind is None:
         return
     if kind.dtype != dtype:
@@ -45,24 +52,65 @@ def _out(site: Site, rows: int) -> Iterator[str]:
 
 
 def shiftadd_linear(site: Site) -> Iterator[str]:
-    """signs u8 [P, N, ceil(K/8)], scales u8 [N, ceil(G P T/2)], exponents i8 [N, 2], offsets u8 [N, ceil(G T/2)]."""
-    problems = list(_positive(site, "group", "terms"))
+    """The stored tensors that `ir.ops.codes.part_types` gives for these numbers of planes, terms and rows a tile."""
+    sizes = yield from _plane_sizes(site)
+    if sizes is None:
+        return
+    planes, rows, width = sizes
+    try:
+        meaning(site.args["code"], planes)
+    except UsageError as error:
+        yield f"{error.what}; {error.fix}"
+        return
+    types = part_types(planes, rows, width, *(site.args[n] for n in ("group", "terms", "row_group", "code")))
+    for name, (dtype, dims) in types.items():
+        yield from stored(site, name, dtype, dims)
+    if (site.tensor("exponents") is None) != (site.args["terms"] == 0):
+        yield "exponents belong to scales of one or more terms, and to these only"
+    yield from _out(site, rows)
+
+
+def _plane_sizes(site: Site) -> Generator[str, None, tuple[int, int, int] | None]:
+    """Yield what is wrong with group, tile, terms and signs; return planes, rows and inputs where all are numbers."""
+    problems = list(_positive(site, "group", "row_group"))
+    terms = site.args["terms"]
+    if not isinstance(terms, int) or not 0 <= terms <= MAX_TERMS:
+        problems.append(f"terms must be 0 to {MAX_TERMS}, but they are {terms}")
     yield from problems
     signs = site.dims("signs")
     if problems or signs is None:
-        return
+        return None
     if len(signs) != 3:
         yield f"signs must have three dims [planes, rows, bytes], but they are {site.tensor('signs')}"
-        return
+        return None
     sizes = _rows_and_width(site, signs[1])
-    if sizes is None or not isinstance(signs[0], int):
+    return None if sizes is None or not isinstance(signs[0], int) else (signs[0], *sizes)
+
+
+def nested_linear(site: Site) -> Iterator[str]:
+    """signs of the highest precision, and scales, exponents and offsets of every precision as for its planes alone."""
+    precisions, precision = site.args["precisions"], site.args["precision"]
+    if not precisions or list(precisions) != sorted(set(precisions)) or precisions[0] < 1:
+        yield f"precisions must be ascending positive numbers of planes, but they are {precisions}"
         return
-    (rows, width), planes = sizes, signs[0]
-    pieces = group_count(width, site.args["group"]) * site.args["terms"]
-    yield from stored(site, "signs", torch.uint8, (planes, rows, packed_length(width, 1)))
-    yield from stored(site, "scales", torch.uint8, (rows, packed_length(pieces * planes, 4)))
-    yield from stored(site, "exponents", torch.int8, (rows, 2))
-    yield from stored(site, "offsets", torch.uint8, (rows, packed_length(pieces, 4)))
+    if precision not in precisions:
+        yield f"precision must be one of {precisions}, but it is {precision}"
+    sizes = yield from _plane_sizes(site)
+    if sizes is None:
+        return
+    planes, rows, width = sizes
+    if planes != precisions[-1]:
+        yield f"signs must have the {precisions[-1]} planes of the highest precision, but they have {planes}"
+    group, terms, row_group = (site.args[n] for n in ("group", "terms", "row_group"))
+    count = len(precisions)
+    for name, lengths in (("scales", {count}), ("exponents", {count if terms else 0}), ("offsets", {0, count})):
+        if len(site.args[name]) not in lengths:
+            yield f"{name} must be {max(lengths)} tensors, but they are {len(site.args[name])}"
+    for which, used in enumerate(precisions):
+        for name, (dtype, dims) in part_types(used, rows, width, group, terms, row_group).items():
+            values = [site.args["signs"]] * count if name == "signs" else site.args[name]
+            expected = (planes, *dims[1:]) if name == "signs" else dims
+            yield from _stored(tensor_of((*values, *[None] * count)[which]), f"{name}[{which}]", dtype, expected)
     yield from _out(site, rows)
 
 
@@ -121,7 +169,9 @@ def grouped_linear(site: Site) -> Iterator[str]:
 
 CODE_CHECKS: dict[str, Check] = {
     "nomul.shiftadd_linear": shiftadd_linear,
+    "nomul.nested_linear": nested_linear,
     "nomul.quant_linear": quant_linear,
     "nomul.rope": rope,
     "nomul.grouped_linear": grouped_linear,
+    "nomul.hadamard": hadamard,
 }

@@ -8,24 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ir.errors import UnsupportedError
+from ir.ops.nested import NestedCodes
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.overloads import bound_args
+from ir.types import TYPE, TensorType
 
 aten, nomul = torch.ops.aten, torch.ops.nomul
 
+Codes = ShiftCodes | QuantCodes | NestedCodes
+
 
 def _shift_codes(v: dict[str, Any], inputs: int) -> ShiftCodes:
-    return ShiftCodes(v["signs"], v["scales"], v["exponents"], v["offsets"], v["group"], v["terms"], inputs)
+    stored = (v["signs"], v["scales"], v["exponents"], v["offsets"])
+    return ShiftCodes(*stored, v["group"], v["terms"], inputs, v["row_group"], v["code"])
 
 
 def _quant_codes(v: dict[str, Any], inputs: int) -> QuantCodes:
     return QuantCodes(v["codes"], v["scales"], v["zeros"], v["bits"], v["group"], inputs)
 
 
-_CODES: dict[str, Callable[[dict[str, Any], int], ShiftCodes | QuantCodes]] = {
+def _nested_codes(v: dict[str, Any], inputs: int) -> NestedCodes:
+    stored = (v["signs"], tuple(v["scales"]), tuple(v["exponents"]), tuple(v["offsets"]))
+    return NestedCodes(*stored, v["group"], v["terms"], inputs, v["row_group"], tuple(v["precisions"]))
+
+
+_CODES: dict[str, Callable[[dict[str, Any], int], Codes]] = {
     "nomul::shiftadd_linear": _shift_codes,
     "nomul::quant_linear": _quant_codes,
+    "nomul::nested_linear": _nested_codes,
 }
 
 
@@ -43,16 +55,46 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return {a.name: v for a, v in zip(target._schema.arguments, values, strict=True)}
 
 
+def code_nodes(node: fx.Node) -> dict[str, list[fx.Node]]:
+    """Return the parameter nodes that hold the codes of a coded linear, its bias excluded, by argument."""
+    found: dict[str, list[fx.Node]] = {}
+    for name, value in arguments(node).items():
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        nodes = [v for v in values if isinstance(v, fx.Node) and v.op == "get_attr"]
+        if nodes and name not in ("x", "bias"):
+            found[name] = nodes
+    return found
+
+
+def codes_of(node: fx.Node, load: Callable[[str], Tensor]) -> Codes:
+    """Return the codes of a coded linear.
+
+    load: parameter name -> tensor. Raises UnsupportedError where codes are computed in the graph.
+    """
+    values, nodes = arguments(node), code_nodes(node)
+    for name, held in nodes.items():
+        tensors = [load(str(n.target)) for n in held]
+        values[name] = tensors if isinstance(values[name], (list, tuple)) else tensors[0]
+    if any(isinstance(v, fx.Node) for k, v in values.items() if k not in ("x", "bias")):
+        raise UnsupportedError("codes that the program computes cannot be decoded", where=node.name)
+    target: Any = node.target
+    return _CODES[target._schema.name](values, int(_input_type(node).dims[-1]))
+
+
+def _input_type(node: fx.Node) -> TensorType:
+    kind: TensorType = arguments(node)["x"].meta[TYPE]
+    return kind
+
+
 def decoded_weight(node: fx.Node, load: Callable[[str], Tensor]) -> Tensor:
     """Return the dense weight [rows, inputs] of a coded linear, in the dtype of its activations.
 
-    load: parameter name -> tensor.
+    load: parameter name -> tensor. Of nested codes it is the weight at the precision the node is set to.
     """
-    values, target = arguments(node), node.target
-    kind = values["x"].meta["type"]
-    tensors = {k: load(str(v.target)) for k, v in values.items() if isinstance(v, fx.Node) and v.op == "get_attr"}
-    codes = _CODES[target._schema.name]({**values, **tensors}, int(kind.dims[-1]))  # type: ignore[union-attr]
-    return codes.dequantize(kind.dtype)
+    codes = codes_of(node, load)
+    if isinstance(codes, NestedCodes):
+        codes = codes.at(arguments(node)["precision"])
+    return codes.dequantize(_input_type(node).dtype)
 
 
 def decode_linears(graph: fx.Graph, load: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ _ATEN = {
 MODEL_OPS = frozenset(
     [f"aten.{name}" for names in _ATEN.values() for name in names.split()]
     + list(FUNCTIONS)
-    + ["nomul.rope", "nomul.grouped_linear"]
+    + ["nomul.rope", "nomul.grouped_linear", "nomul.hadamard"]
 )
 
 # These carry the tag of random operators for one argument, which their own check holds to zero.

@@ -11,8 +11,7 @@ from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from ir.errors import InvariantError
-from ir.program import TYPE
-from ir.types import ScalarType, TensorType
+from ir.types import TYPE, ScalarType, TensorType
 
 _MISSING = object()
 _ZEROS: dict[str, Any] = {"int": 1, "float": 1.0, "bool": True}

@@ -9,11 +9,25 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from ir.decode import decode_linears
 from ir.params import ParamStore
-from ir.types import TensorType, ValueType
+from ir.types import ORIGIN, PATH, TYPE, TensorType, ValueType
 
-# Keys of `node.meta` that belong to the IR; nothing else survives a dump and parse.
-TYPE, PATH, ORIGIN = "type", "path", "origin"
+__all__ = [
+    "HELD",
+    "LEVELS",
+    "ORIGIN",
+    "PATH",
+    "TYPE",
+    "Program",
+    "flat_name",
+    "graph_module",
+    "is_call",
+    "release",
+    "rename",
+    "tensor_type_of",
+    "type_of",
+]
 
 # Key of `Program.attributes`: parameters that no node reads but a later pass will, such as scales still to be folded.
 HELD = "held"
@@ -165,11 +179,7 @@ def graph_module(
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph, copies))
-    decoded: dict[str, torch.Tensor] = {}
-    if decode:
-        from ir.decode import decode_linears  # it reads types off nodes, which this module defines
-
-        decoded = decode_linears(copy, load)
+    decoded = decode_linears(copy, load) if decode else {}
     root = nn.Module()
     taken: dict[str, str] = {}
     for node in copy.nodes:

@@ -8,6 +8,9 @@ import torch
 
 Dim = int | str
 
+# Keys of `node.meta` that belong to the IR; nothing else survives a dump and parse.
+TYPE, PATH, ORIGIN = "type", "path", "origin"
+
 _SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",

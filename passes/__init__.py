@@ -17,8 +17,11 @@ _BUILT_IN = {
     "canon": "passes.canon:Canon",
     "fold": "passes.fold:Fold",
     "smooth": "passes.smooth:Smooth",
+    "rotate": "passes.rotate:Rotate",
+    "bits": "passes.bits:Bits",
     "shiftadd": "passes.shiftadd:ShiftAdd",
     "rtn": "passes.rtn:Rtn",
+    "to-shiftadd": "passes.to_shiftadd:ToShiftadd",
 }
 
 

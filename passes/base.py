@@ -14,7 +14,9 @@ from ir.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from ir.analysis import LinearSite
     from ir.program import Program
+    from passes.quantize.hessian import Gram
 
 LEVELS = ("raw", "model", "compressed", "target")
 
@@ -80,7 +82,15 @@ class Progress:
     by: str
 
 
-Event = SiteReport | Diagnostic | Progress
+@dataclass(frozen=True)
+class Note:
+    """A line for the user about the pass as a whole."""
+
+    text: str
+    by: str
+
+
+Event = SiteReport | Diagnostic | Progress | Note
 
 
 def _ignore(event: Event) -> None:
@@ -98,6 +108,7 @@ class Log:
     listener: Callable[[Event], None] = _ignore
     reports: list[SiteReport] = field(default_factory=list)
     diagnostics: list[Diagnostic] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def of(self, by: str) -> Log:
         """Return a log that speaks for pass `by` and shares this one's lists and listener."""
@@ -113,6 +124,12 @@ class Log:
         """Record that a site is left alone, with the reason; under `--strict` an error unless it was asked for."""
         row = Diagnostic(site, reason, self.by, asked)
         self.diagnostics.append(row)
+        self.listener(row)
+
+    def note(self, text: str) -> None:
+        """Record a line for the user that belongs to no site."""
+        row = Note(text, self.by)
+        self.notes.append(row)
         self.listener(row)
 
     def progress(self, total: int, label: str) -> Callable[[], None]:
@@ -139,6 +156,7 @@ class Context:
     work: directory that outlives an interrupted run, for resuming, or None.
     strict: whether a site that a pass skips is an error.
     precision: of the matrix products that carry calibration; bfloat16 rounds their inputs and adds in float32.
+    following: the passes that will run after this one, in order.
     """
 
     seed: int = 0
@@ -147,6 +165,20 @@ class Context:
     work: Path | None = None
     strict: bool = False
     precision: Precision = "float32"
+    following: tuple[Pass, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A site coded at one width, for a pass that chooses widths.
+
+    stored_bytes: of the codes, scales, offsets and padding; row_loss: float64 [N], diag(E H E^T) of the coding error E
+    per output row, H = sum of x x^T over all calibration tokens (the identity without them).
+    """
+
+    bits: int
+    stored_bytes: int
+    row_loss: torch.Tensor
 
 
 class OptionError(UsageError):
@@ -169,6 +201,7 @@ class Pass(ABC):
     requires, gives, removes: facts needed before, true after, and no longer true after; all others are kept.
     data: the calibration it wants; exact: whether it promises the same function up to rounding.
     nests: whether it takes a pipeline of its own in parentheses.
+    widths: values of its option `bits` that `trial` can try; empty for a pass that codes nothing at a width.
     """
 
     name: ClassVar[str]
@@ -182,6 +215,7 @@ class Pass(ABC):
     data: ClassVar[Calib | None] = None
     exact: ClassVar[bool]
     nests: ClassVar[bool] = False
+    widths: ClassVar[range] = range(0)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -196,6 +230,10 @@ class Pass(ABC):
         """Raise OptionError for option values out of range; called when a pipeline is parsed or checked."""
         return
 
+    def check_following(self, following: Sequence[Pass]) -> None:
+        """Raise UsageError if the pass is of no use before these; called when a pipeline is checked."""
+        del following
+
     def plan(self, program: Program) -> list[PlanRow]:
         """Return what the pass will do per site of this program, without doing it."""
         del program
@@ -204,6 +242,20 @@ class Pass(ABC):
     def facts_after(self, facts: frozenset[str]) -> frozenset[str]:
         """Return the facts that hold after the pass, given those that held before it."""
         return (facts - self.removes) | self.gives
+
+    def stored_bytes(self, site: LinearSite, bits: int) -> int:
+        """Return the bytes of a site's codes at one of the pass's `widths`, scales, offsets and padding included."""
+        raise NotImplementedError(f"{self.name} codes nothing at a width")
+
+    def trial(
+        self, weight: torch.Tensor, gram: Gram | None, choices: Sequence[int], site: LinearSite, ctx: Context
+    ) -> list[Trial]:
+        """Return a site coded at each of several of the pass's `widths`, changing nothing.
+
+        weight: float64 [N, K]; gram: of the site's inputs, or None to measure the error of the weights alone. The codes
+        are those of the pass's other options, but may be fitted in fewer rounds.
+        """
+        raise NotImplementedError(f"{self.name} codes nothing at a width")
 
     @abstractmethod
     def run(self, program: Program, ctx: Context) -> None:

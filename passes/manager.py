@@ -78,7 +78,8 @@ def run_pipeline(
         started(item.pass_)
         before = dump(program) if settings.folder is not None else ""
         try:
-            report = _run_one(program, item.pass_, ctx, settings, state, index)
+            following = tuple(Pipeline(pipeline.items[index + 1 :]).passes())
+            report = _run_one(program, item.pass_, replace(ctx, following=following), settings, state, index)
         except Exception as error:
             if settings.folder is not None and not _outside_fault(error):
                 # What went wrong must be heard even where the folder cannot be written.
@@ -106,6 +107,7 @@ def _run_one(program: Program, pass_: Pass, ctx: Context, settings: Settings, st
     seconds = time.perf_counter() - start
     ctx.log.reports.extend(log.reports)
     ctx.log.diagnostics.extend(log.diagnostics)
+    ctx.log.notes.extend(log.notes)
     changed = _stamp(program) != stamp
     if changed:
         program.level = pass_.level[1]

@@ -102,12 +102,16 @@ def check(
 ) -> tuple[str, frozenset[str]]:
     """Return the level and facts a program of this level and facts has after the pipeline.
 
-    Raises OptionError for option values out of range, UnsupportedError for a pass whose level does not fit or whose
-    required facts do not hold when it runs; the message names the pass that gives the fact.
+    Raises OptionError for option values out of range, UsageError for a pass that is of no use before those after it,
+    UnsupportedError for a pass whose level does not fit or whose required facts do not hold when it runs; the message
+    names the pass that gives the fact.
     """
-    for pass_ in pipeline.passes():
+    order = list(pipeline.passes())
+    for pass_ in order:
         pass_.validate()
-    return _check_items(pipeline.items, list(pipeline.passes()), count(), level, facts, registry)
+    for at, pass_ in enumerate(order):
+        pass_.check_following(order[at + 1 :])
+    return _check_items(pipeline.items, order, count(), level, facts, registry)
 
 
 def _walk(items: Sequence[Item]) -> Iterator[Pass]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,20 +13,26 @@ from ir.ops.packing import pack_bits
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import group_count
 from ir.program import Program
-from passes.base import Context, OptionError, Pass, PlanRow, Stage
+from passes.base import Context, OptionError, Pass, PlanRow, Stage, Trial
+from passes.quantize.hessian import Gram
+from passes.quantize.salience import row_energy
 from passes.quantize.uniform import rtn
 from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, put_quant_codes, weights_of
+from passes.widths import width_of
 
 
 @dataclass(frozen=True)
 class Rtn(Pass):
     """Round every weight to the nearest of 2^bits uniform levels between its group's minimum and maximum."""
 
-    bits: int = field(default=4, metadata={"help": "bits per code, 2 to 8"})
+    bits: int = field(default=4, metadata={"help": "bits per code, 2 to 8, where the pass bits chose no other"})
     group: int = field(
         default=64, metadata={"help": "inputs that share a scale and zero point; must divide every input"}
     )
     symmetric: bool = field(default=False, metadata={"help": "a range around zero, without stored zero points"})
+    terms: int = field(
+        default=0, metadata={"help": "powers of two a scale is a sum of, 1 to 3; 0 takes it as it is, in float16"}
+    )
     skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave in float, `*` stands for any text"})
 
     name: ClassVar[str] = "rtn"
@@ -34,6 +41,7 @@ class Rtn(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     gives: ClassVar[frozenset[str]] = frozenset({"quant-weights"})
     exact: ClassVar[bool] = False
+    widths: ClassVar[range] = range(2, 9)
 
     def validate(self) -> None:
         """Raise OptionError for widths codes cannot have."""
@@ -41,13 +49,15 @@ class Rtn(Pass):
             raise OptionError(self.name, "bits", f"{self.bits} is outside 2..8")
         if self.group < 1:
             raise OptionError(self.name, "group", f"{self.group} is not positive")
+        if not 0 <= self.terms <= 3:
+            raise OptionError(self.name, "terms", f"{self.terms} is outside 0..3")
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the sites with the bits and bytes their codes will take."""
         nodes = [n for block in blocks(program) for n in block.nodes]
         sites = choose_sites(program, nodes, self.skip, Context())
         check_group(sites, self.group, self.name)
-        return [PlanRow(s.name, self.name, self._predicted(s)) for s in sites]
+        return [PlanRow(s.name, self.name, self._predicted(s, width_of(program, s, self.bits))) for s in sites]
 
     def run(self, program: Program, ctx: Context) -> None:
         """Round the linears of all blocks, one weight in memory at a time."""
@@ -60,24 +70,36 @@ class Rtn(Pass):
         step = ctx.log.progress(len(sites), self.name)
         for site in sites:
             weight = weights_of(program, [site], self.name)
-            codes = self._round(site, weight)
+            codes = self._round(site, weight, width_of(program, site, self.bits))
             error = weight - codes.dequantize(weight.dtype)
             rel = float(error.square().sum() / weight.square().sum().clamp_min(1e-300))
             put_quant_codes(program, site, codes, self.name)
             ctx.log.report(site=site.name, **figures(codes.stored_bits, site.rows, site.inputs, rel))
             step()
 
-    def _round(self, site: LinearSite, weight: Tensor) -> QuantCodes:
-        found = rtn(weight, self.bits, self.group, self.symmetric)
-        zeros = None if self.symmetric else pack_bits(found.zeros, self.bits)
-        packed = pack_bits(found.codes, self.bits)
-        return QuantCodes(packed, found.scales, zeros, self.bits, self.group, site.inputs)
-
-    def _predicted(self, site: LinearSite) -> dict[str, float]:
+    def stored_bytes(self, site: LinearSite, bits: int) -> int:
+        """Return the bytes of a site's codes, scales and zero points at a width."""
         groups = group_count(site.inputs, self.group)
-        row = -(-site.inputs * self.bits // 8) + 2 * groups + (0 if self.symmetric else -(-groups * self.bits // 8))
-        return {
-            "bits": 8 * row / site.inputs,
-            "bytes": float(row * site.rows),
-            "weights": float(site.rows * site.inputs),
-        }
+        row = -(-site.inputs * bits // 8) + 2 * groups + (0 if self.symmetric else -(-groups * bits // 8))
+        return row * site.rows
+
+    def trial(
+        self, weight: Tensor, gram: Gram | None, choices: Sequence[int], site: LinearSite, ctx: Context
+    ) -> list[Trial]:
+        """Return the site rounded at each width."""
+        del ctx
+        tried = [(bits, self._round(site, weight, bits)) for bits in choices]
+        return [
+            Trial(bits, codes.stored_bits // 8, row_energy(weight - codes.dequantize(weight.dtype), gram))
+            for bits, codes in tried
+        ]
+
+    def _round(self, site: LinearSite, weight: Tensor, bits: int) -> QuantCodes:
+        found = rtn(weight, bits, self.group, self.symmetric, self.terms)
+        zeros = None if self.symmetric else pack_bits(found.zeros, bits)
+        packed = pack_bits(found.codes, bits)
+        return QuantCodes(packed, found.scales, zeros, bits, self.group, site.inputs)
+
+    def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
+        size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
+        return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}

@@ -2,36 +2,91 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ir.analysis import LinearSite, blocks, sibling_sites
-from ir.ops.shiftcode import ShiftCodes, dequantize, group_count, take_rows
+from ir.ops.codes import group_count, part_types
+from ir.ops.nested import NestedCodes
 from ir.program import Program
-from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
+from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.checkpoint import load_block, save_block
-from passes.quantize.hessian import Gram, empty_gram, update
-from passes.shiftcode.solver import ShiftSpec, metric_of, relative_loss, solve
-from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, put_shift_codes, weights_of
+from passes.quantize.hessian import Gram
+from passes.quantize.salience import row_energy
+from passes.quantize.targets import Moments, empty_moments
+from passes.rotation import plan_rotation, rotate_sites
+from passes.shiftcode.budget import choose
+from passes.shiftcode.siblings import Fitting, Solved, fit_siblings, kept, quick, restored
+from passes.shiftcode.solver import metric_of, solve
+from passes.shiftcode.spec import MOST_TRITS, ShiftSpec
+from passes.sites import (
+    check_group,
+    check_skip,
+    choose_sites,
+    outside_blocks,
+    put_nested_codes,
+    put_shift_codes,
+    weights_of,
+)
 from passes.stream import Step, walk
+from passes.widths import width_of
 
-_PARTS = ("signs", "scales", "exponents", "offsets")
+_LAT_COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class ShiftAdd(Pass):
     """Replace float linears by signed binary planes with power-of-two scales, fitted to the layer's inputs."""
 
-    bits: int = field(default=3, metadata={"help": "sign planes per weight"})
-    group: int = field(default=64, metadata={"help": "inputs that share one set of scales; must divide every input"})
-    terms: int = field(default=2, metadata={"help": "powers of two per scale: 1, 2 or 3"})
+    bits: int = field(default=3, metadata={"help": "sign planes per weight, where the pass bits chose no other"})
+    group: int = field(
+        default=64,
+        metadata={"help": "weights that share a set of scales, 0 for all: inputs of a row (must divide every input)"},
+    )
+    mode: Literal["row", "lat", "acc"] = field(
+        default="row",
+        metadata={
+            "help": "who shares scales: row: inputs of a row; lat: 8 inputs of group/8 rows; acc: rows of an input"
+        },
+    )
+    basis: Literal["auto", "plain", "rotated"] = field(
+        default="auto", metadata={"help": "rotated: rotate inputs first, by an operator of adds; auto: for mode=acc"}
+    )
+    code: Literal["planes", "trits", "trits31"] = field(
+        default="planes", metadata={"help": "digits -1, +1; trits: -1, 0, +1; trits31: two trits with scales 3:1"}
+    )
+    terms: int = field(default=2, metadata={"help": "powers of two per scale, 1 to 4; 0: float16 scales, multiplied"})
     offset: bool = field(default=True, metadata={"help": "one more power-of-two value per group, added to its weights"})
-    rounds: int = field(default=10, metadata={"help": "alternations of scales and codes per group, at most"})
-    starts: int = field(default=4, metadata={"help": "code books each group is fitted from; the best is kept"})
-    polish: int = field(default=2, metadata={"help": "refits of a group's scales and codes inside the column loop"})
+    bpw: float = field(
+        default=0.0,
+        metadata={"help": "stored bits per weight to stay within: chooses bits, group, terms and offset; 0: does not"},
+    )
+    nested: tuple[int, ...] = field(
+        default=(), metadata={"help": "precisions that share planes, such as [2 3 4]; one is chosen at load time"}
+    )
+    target: Literal["float", "own"] = field(
+        default="float",
+        metadata={
+            "help": "float: come close to the float model's outputs on the compressed inputs; own: to the weight's"
+        },
+    )
+    share: float = field(default=1.0, metadata={"help": "how much of that correction is taken, 0 to 1"})
+    weighted: bool = field(
+        default=True, metadata={"help": "weigh a group's inputs by their curvature in the first fit"}
+    )
+    ordered: bool = field(default=True, metadata={"help": "take groups and inputs by falling curvature"})
+    feedback: bool = field(default=True, metadata={"help": "later scales make up for the rounding of earlier ones"})
+    rounds: int = field(default=10, metadata={"help": "alternations of scales and codes in the first fit, at most"})
+    starts: int = field(default=4, metadata={"help": "code books the first fit starts from; the best is kept"})
+    iterations: int = field(default=4, metadata={"help": "walks and scale solves per group after the first fit"})
+    polish: int = field(default=2, metadata={"help": "code descents and scale solves per group after those"})
+    refit: bool = field(default=False, metadata={"help": "solve all scales of a row together after the column loop"})
     sweeps: int = field(default=2, metadata={"help": "passes over all groups after it; more is closer and slower"})
     damp: float = field(default=0.01, metadata={"help": "damping of the Hessian, relative to its mean diagonal"})
     calib: Literal["stream", "none"] = field(
@@ -45,137 +100,218 @@ class ShiftAdd(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     gives: ClassVar[frozenset[str]] = frozenset({"shift-weights"})
     exact: ClassVar[bool] = False
+    widths: ClassVar[range] = range(1, 9)
 
     def needs(self) -> Calib | None:
-        """Return the compressed stream, or nothing for the data-free fit."""
-        return Calib("compressed") if self.calib == "stream" else None
+        """Return the compressed stream, with the float one beside it for float targets, or nothing without data."""
+        if self.calib == "none":
+            return None
+        return Calib("both" if self._both else "compressed")
+
+    @property
+    def _both(self) -> bool:
+        return self.target == "float" and self.share > 0
 
     def validate(self) -> None:
         """Raise OptionError for values outside what codes can hold."""
-        for option, value, low, high in (
-            ("bits", self.bits, 1, 8),
-            ("terms", self.terms, 1, 3),
-            ("group", self.group, 1, 1 << 20),
-            ("rounds", self.rounds, 0, 1000),
-            ("starts", self.starts, 1, 4),
-            ("polish", self.polish, 0, 100),
-            ("sweeps", self.sweeps, 0, 100),
-        ):
+        for option, low, high in _RANGES:
+            value = getattr(self, option)
             if not low <= value <= high:
                 raise OptionError(self.name, option, f"{value} is outside {low}..{high}")
         if not 0 < self.damp <= 1:
             raise OptionError(self.name, "damp", f"{self.damp} is outside (0, 1]")
+        if self.code == "trits31" and self.bits != 2:
+            raise OptionError(self.name, "bits", "trits31 is two trits", fix="give bits=2")
+        if self.code != "planes" and self.bits > MOST_TRITS:
+            raise OptionError(self.name, "bits", f"{self.bits} is outside 1..{MOST_TRITS} for trits")
+        if self.nested:
+            self._check_nested()
+        if self.bpw and (self.mode != "row" or self.nested or self.code != "planes"):
+            raise OptionError(self.name, "bpw", "it chooses for mode=row code=planes without nested precisions")
 
-    def spec(self) -> ShiftSpec:
-        """Return the solver's options."""
-        return ShiftSpec(
-            self.bits,
-            self.group,
-            self.terms,
-            self.offset,
-            self.rounds,
-            self.starts,
-            self.damp,
-            self.polish,
-            self.sweeps,
-        )
+    def _check_nested(self) -> None:
+        ascending = all(a < b for a, b in pairwise(self.nested))
+        if not ascending or not all(1 <= p <= 8 for p in self.nested):
+            raise OptionError(self.name, "nested", f"{list(self.nested)} are not ascending numbers of planes, 1 to 8")
+        for option, plain in (("code", "planes"), ("calib", "stream")):
+            if getattr(self, option) != plain:
+                raise OptionError(self.name, "nested", f"it cannot be used with {option}={getattr(self, option)}")
+
+    def spec(self, site: LinearSite, bits: int) -> ShiftSpec:
+        """Return the solver's options for a site at a width."""
+        group, row_group = self.group or site.inputs, 1
+        if self.mode == "lat":
+            rows = self.group // _LAT_COLUMNS if self.group else group_count(site.rows, _LAT_COLUMNS)
+            group, row_group = _LAT_COLUMNS, max(1, rows)
+        elif self.mode == "acc":
+            group, row_group = 1, self.group or site.rows
+        same = {name: getattr(self, name) for name in _SAME}
+        return ShiftSpec(bits=bits, group=group, row_group=row_group, **same)
 
     def plan(self, program: Program) -> list[PlanRow]:
-        """Return the sites with the bits and bytes their codes will take."""
+        """Return the sites with the bits and bytes their codes will take, and the rotations that come first."""
         sites = choose_sites(program, _block_nodes(program), self.skip, Context())
-        check_group(sites, self.group, self.name)
-        return [PlanRow(s.name, self.name, _predicted(self, s)) for s in sites]
+        self._check_group(sites)
+        if self.bpw:
+            return self._within_budget(sites).plan(program)
+        rows = []
+        if self._rotated:
+            turns = plan_rotation(program, sites, 0).online
+            rows = [PlanRow(t.sites[0].name, "insert nomul.hadamard", {"adds": float(t.adds)}) for t in turns]
+        return rows + [PlanRow(s.name, self.name, self._predicted(s, self._width(program, s))) for s in sites]
+
+    def _within_budget(self, sites: Sequence[LinearSite]) -> ShiftAdd:
+        """Return the pass with bits, group, terms and offset chosen for `bpw`."""
+        weights = sum(s.rows * s.inputs for s in sites)
+
+        def stored(spec: ShiftSpec) -> float:
+            return 8 * sum(_bytes(spec, s, (spec.bits,)) for s in sites) / weights
+
+        found = choose(self.bpw, self.spec(sites[0], self.bits), [s.inputs for s in sites], stored)
+        group = 0 if found.group >= max(s.inputs for s in sites) else found.group
+        return replace(self, bpw=0.0, bits=found.bits, group=group, terms=found.terms, offset=found.offset)
+
+    @property
+    def _rotated(self) -> bool:
+        return self.basis == "rotated" or (self.basis == "auto" and self.mode == "acc")
+
+    def _check_group(self, sites: Sequence[LinearSite]) -> None:
+        if self.mode == "row" and self.group:
+            check_group(sites, self.group, self.name)
+
+    def _width(self, program: Program, site: LinearSite) -> int:
+        return width_of(program, site, self.bits) if self.code == "planes" else self.bits
 
     def run(self, program: Program, ctx: Context) -> None:
         """Compress block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""
         nodes = _block_nodes(program)
         check_skip(program, self.skip, self.name)
-        check_group(choose_sites(program, nodes, self.skip, ctx), self.group, self.name)
-        outside_blocks(program, nodes, self.skip, ctx)
-        if self.calib == "none":
-            step = ctx.log.progress(len(blocks(program)), self.name)
-            for block in blocks(program):
-                sites = choose_sites(program, block.nodes, self.skip, Context())
-                self._finish(program, ctx, block.index, sites, self._solve_free(program, sites))
-                step()
+        sites = choose_sites(program, nodes, self.skip, ctx)
+        self._check_group(sites)
+        if self.bpw:
+            chosen = self._within_budget(sites)
+            ctx.log.note(
+                f"bpw={self.bpw:g} chose bits={chosen.bits} {' '.join(f'{n}={getattr(chosen, n)}' for n in _CHOSEN)}"
+            )
+            chosen.run(program, ctx)
             return
-        for walked in walk(program, ctx, "compressed", self.name):
+        outside_blocks(program, nodes, self.skip, ctx)
+        if self._rotated:
+            rotate_sites(program, sites, ctx.seed, self.name)
+        if self.calib == "none":
+            self._run_free(program, ctx)
+            return
+        for walked in walk(program, ctx, "both" if self._both else "compressed", self.name):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
-            done = _restore(program, sites, ctx, walked.block.index)
-            if not done:
-                solved = self._solve(program, walked, sites)
-                self._finish(program, ctx, walked.block.index, sites, solved)
+            if not _restore(program, sites, ctx, walked.block.index):
+                self._finish(program, ctx, walked.block.index, sites, self._solve(program, walked, sites))
 
-    def _solve(self, program: Program, walked: Step, sites: list[LinearSite]) -> _Solved:
+    def _run_free(self, program: Program, ctx: Context) -> None:
+        step = ctx.log.progress(len(blocks(program)), self.name)
+        for block in blocks(program):
+            sites = choose_sites(program, block.nodes, self.skip, Context())
+            solved = [row for group in sibling_sites(sites) for row in self._fit(program, group, None)]
+            self._finish(program, ctx, block.index, sites, solved)
+            step()
+
+    def _solve(self, program: Program, walked: Step, sites: list[LinearSite]) -> list[Solved]:
         """Fit the sites of a block to the second moments of their inputs."""
         groups = sibling_sites(sites)
-        grams = [empty_gram(group[0].inputs) for group in groups]
-        walked.observe({g[0].node.args[0]: _adder(m) for g, m in zip(groups, grams, strict=True)})  # type: ignore[misc]
-        return [row for g, gram in zip(groups, grams, strict=True) for row in self._fit(program, g, gram)]
+        moments = [empty_moments(group[0].inputs, self._both) for group in groups]
+        inputs: list[Any] = [group[0].node.args[0] for group in groups]
+        if self._both:
+            walked.observe_pairs({x: m.add for x, m in zip(inputs, moments, strict=True)})
+        else:
+            walked.observe({x: m.add_alone for x, m in zip(inputs, moments, strict=True)})
+        return [row for g, m in zip(groups, moments, strict=True) for row in self._fit(program, g, m)]
 
-    def _solve_free(self, program: Program, sites: list[LinearSite]) -> _Solved:
-        return [row for group in sibling_sites(sites) for row in self._fit(program, group, None)]
+    def _fit(self, program: Program, group: list[LinearSite], moments: Moments | None) -> list[Solved]:
+        how = Fitting(lambda site: self.spec(site, self._width(program, site)), self.nested, self.share)
+        return fit_siblings(weights_of(program, group, self.name), group, moments, how)
 
-    def _fit(self, program: Program, group: list[LinearSite], gram: Gram | None) -> _Solved:
-        """Fit sites that share their input, stacked along the rows."""
-        spec, name = self.spec(), group[0].name
-        weight = weights_of(program, group, self.name)
-        metric = None if gram is None else metric_of(gram.matrix, spec, tokens=gram.tokens, site=name)
-        codes = solve(weight, metric, spec, site=name)
-        solved, row = [], 0
-        for site in group:
-            part = take_rows(codes, row, row + site.rows)
-            decoded = dequantize(part, torch.float64)
-            rel = relative_loss(weight[row : row + site.rows], decoded, None if gram is None else gram.matrix)
-            solved.append((site, part, figures(part.stored_bits, site.rows, site.inputs, rel)))
-            row += site.rows
-        return solved
-
-    def _finish(self, program: Program, ctx: Context, index: int, sites: list[LinearSite], solved: _Solved) -> None:
+    def _finish(
+        self, program: Program, ctx: Context, index: int, sites: list[LinearSite], solved: list[Solved]
+    ) -> None:
         """Keep a block's codes, then put them in place in the order of its sites, as a resumed run will."""
-        solved = sorted(solved, key=lambda row: sites.index(row[0]))
-        tensors, facts = {}, {}
-        for site, codes, numbers in solved:
-            for part in _PARTS:
-                if getattr(codes, part) is not None:
-                    tensors[f"{site.node.name}/{part}"] = getattr(codes, part)
-            facts[site.node.name] = {"figures": numbers, "group": codes.group, "terms": codes.terms}
-        save_block(ctx.work, index, tensors, dict(facts))
-        for site, codes, numbers in solved:
-            put_shift_codes(program, site, codes, self.name)
-            ctx.log.report(site=site.name, **numbers)
+        solved = sorted(solved, key=lambda row: sites.index(row.site))
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, object] = {}
+        for row in solved:
+            parts, rest = kept(row.codes)
+            stem = row.site.node.name
+            tensors.update({f"{stem}/{name}": tensor for name, tensor in parts.items()})
+            facts[stem] = {"codes": rest, "figures": row.figures, "fallback": row.fallback}
+        save_block(ctx.work, index, tensors, facts)
+        for row in solved:
+            _put(program, row, ctx)
+
+    def stored_bytes(self, site: LinearSite, bits: int) -> int:
+        """Return the bytes of a site's codes at a width; of nested ones at all precisions."""
+        return _bytes(self.spec(site, bits), site, self.nested or (bits,))
+
+    def trial(
+        self, weight: Tensor, gram: Gram | None, choices: Sequence[int], site: LinearSite, ctx: Context
+    ) -> list[Trial]:
+        """Return the site fitted at each width, in fewer rounds than the pass itself takes."""
+        del ctx
+        specs = [quick(self.spec(site, bits)) for bits in choices]
+        metric = None if gram is None else metric_of(gram.matrix, specs[0], tokens=gram.tokens, site=site.name)
+        found = [solve(weight, metric, spec, site=site.name) for spec in specs]
+        return [
+            Trial(bits, self.stored_bytes(site, bits), row_energy(weight - codes.dequantize(torch.float64), gram))
+            for bits, codes in zip(choices, found, strict=True)
+        ]
+
+    def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
+        size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
+        return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}
 
 
-_Solved = list[tuple[LinearSite, ShiftCodes, dict[str, float]]]
+_RANGES = (
+    *(("bits", 1, 8), ("bpw", 0, 16), ("terms", 0, 4), ("group", 0, 1 << 20), ("share", 0, 1), ("rounds", 0, 1000)),
+    *(("starts", 1, 4), ("iterations", 0, 100), ("polish", 0, 100), ("sweeps", 0, 100)),
+)
+_SAME = (
+    *("code", "terms", "offset", "weighted", "ordered", "feedback", "rounds", "starts", "iterations", "polish"),
+    *("refit", "sweeps", "damp"),
+)
+
+
+_CHOSEN = ("group", "terms", "offset")
+
+
+def _bytes(spec: ShiftSpec, site: LinearSite, precisions: Sequence[int]) -> int:
+    """Return the bytes of a site's codes, which share the planes of the last precision."""
+    spec = spec.clipped(site.rows, site.inputs)
+    sizes = (site.rows, site.inputs, spec.group, spec.terms, spec.row_group, spec.code, spec.offset)
+    found = [part_types(p, *sizes) for p in precisions]
+    parts = [found[-1]["signs"], *(kind for types in found for name, kind in types.items() if name != "signs")]
+    return sum(dtype.itemsize * math.prod(dims) for dtype, dims in parts)
 
 
 def _block_nodes(program: Program) -> list[fx.Node]:
     return [n for block in blocks(program) for n in block.nodes]
 
 
-def _adder(gram: Gram):  # type: ignore[no-untyped-def]
-    return lambda value: update(gram, value)
+def _put(program: Program, row: Solved, ctx: Context) -> None:
+    if isinstance(row.codes, NestedCodes):
+        put_nested_codes(program, row.site, row.codes, ShiftAdd.name)
+    else:
+        put_shift_codes(program, row.site, row.codes, ShiftAdd.name)
+    if row.fallback:
+        ctx.log.skip(row.site.name, row.fallback)
+    ctx.log.report(site=row.site.name, **row.figures)
 
 
 def _restore(program: Program, sites: list[LinearSite], ctx: Context, index: int) -> bool:
     """Put a block's codes from an earlier run in place; return whether there were any."""
-    kept = load_block(ctx.work, index)
-    if kept is None:
+    found = load_block(ctx.work, index)
+    if found is None:
         return False
-    tensors, facts = kept
+    tensors, facts = found
     for site in sites:
-        fact = facts[site.node.name]
+        fact, stem = facts[site.node.name], f"{site.node.name}/"
         assert isinstance(fact, dict)
-        signs, scales, exponents = (tensors[f"{site.node.name}/{part}"] for part in _PARTS[:3])
-        offsets = tensors.get(f"{site.node.name}/offsets")
-        codes = ShiftCodes(signs, scales, exponents, offsets, fact["group"], fact["terms"], site.inputs)
-        put_shift_codes(program, site, codes, "shiftadd")
-        ctx.log.report(site=site.name, **fact["figures"])
+        parts = {name.removeprefix(stem): t for name, t in tensors.items() if name.startswith(stem)}
+        _put(program, Solved(site, restored(parts, fact["codes"]), fact["figures"], fact["fallback"]), ctx)
     return True
-
-
-def _predicted(options: ShiftAdd, site: LinearSite) -> dict[str, float]:
-    groups = group_count(site.inputs, options.group)
-    row = options.bits * -(-site.inputs // 8) + -(-groups * options.bits * options.terms // 2) + 2
-    row += -(-groups * options.terms // 2) if options.offset else 0
-    return {"bits": 8 * row / site.inputs, "bytes": float(row * site.rows), "weights": float(site.rows * site.inputs)}

@@ -13,6 +13,7 @@ from ir import ops as _ops  # noqa: F401  (registers the nomul operators)
 from ir.analysis import LinearSite, linear_sites, matches
 from ir.edit import Editor
 from ir.errors import UnsupportedError
+from ir.ops.nested import NestedCodes, check_precision
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.program import Program
@@ -107,10 +108,31 @@ def weights_of(program: Program, sites: Sequence[LinearSite], by: str) -> Tensor
 def put_shift_codes(program: Program, site: LinearSite, codes: ShiftCodes, by: str) -> fx.Node:
     """Replace a linear by `nomul.shiftadd_linear` on stored codes; return the new node."""
     editor, stem = Editor(program, by).before(site.node), _stem(site)
-    parts = [editor.param(f"{stem}.{n}", getattr(codes, n)) for n in ("signs", "scales", "exponents")]
-    offsets = None if codes.offsets is None else editor.param(f"{stem}.offsets", codes.offsets)
-    args = (site.node.args[0], *parts, offsets, site.bias, codes.group, codes.terms)
-    return _replace(editor, site, nomul.shiftadd_linear, args)
+    parts = {name: editor.param(f"{stem}.{name}", tensor) for name, tensor in codes.tensors().items()}
+    stored = (parts["signs"], parts["scales"], parts.get("exponents"), parts.get("offsets"))
+    layout: tuple[int | str, ...] = (codes.group, codes.terms, codes.row_group, codes.code)
+    if layout[2:] == (1, "planes"):
+        layout = layout[:2]
+    return _replace(editor, site, nomul.shiftadd_linear, (site.node.args[0], *stored, site.bias, *layout))
+
+
+def put_nested_codes(
+    program: Program, site: LinearSite, codes: NestedCodes, by: str, precision: int | None = None
+) -> fx.Node:
+    """Replace a linear by `nomul.nested_linear` on stored codes; return the new node.
+
+    precision: the number of planes it runs at (default: all of them); UsageError for one that the codes do not have.
+    """
+    chosen = codes.precisions[-1] if precision is None else precision
+    check_precision(chosen, codes.precisions)
+    editor, stem = Editor(program, by).before(site.node), _stem(site)
+    lists = [
+        [editor.param(f"{stem}.{name}.{p}", t) for p, t in zip(codes.precisions, getattr(codes, name), strict=False)]
+        for name in ("scales", "exponents", "offsets")
+    ]
+    stored = (editor.param(f"{stem}.signs", codes.signs), *lists)
+    layout = (codes.group, codes.terms, codes.row_group, list(codes.precisions), chosen)
+    return _replace(editor, site, nomul.nested_linear, (site.node.args[0], *stored, site.bias, *layout))
 
 
 def put_quant_codes(program: Program, site: LinearSite, codes: QuantCodes, by: str) -> fx.Node:

@@ -18,6 +18,7 @@ from ir.region import Region, region
 from passes.base import Context, Precision
 
 Callback = Callable[[Tensor], None]
+PairCallback = Callable[[Tensor, Tensor], None]
 
 
 @dataclass
@@ -66,6 +67,20 @@ class Step:
             raise ValueError("this walk carries no float stream")
         nodes = {node.name: node for node in (*self._float_block.nodes, self._float_block.entry)}
         _run(self._float, self._float_block, {nodes[name]: call for name, call in wanted.items()})
+
+    def observe_pairs(self, wanted: Mapping[fx.Node, PairCallback]) -> None:
+        """Hand every batch's value of each wanted node, on the compressed and on the float stream, to its callback.
+
+        The float value is that of the node of the same name in the original block. One batch is in memory at a time.
+        """
+        if self._compressed is None or self._float is None or self._float_block is None:
+            raise ValueError("this walk does not carry both streams")
+        nodes = {node.name: node for node in (*self._float_block.nodes, self._float_block.entry)}
+        ours = _values(self._compressed, self.block, list(wanted))
+        theirs = _values(self._float, self._float_block, [nodes[n.name] for n in wanted])
+        for compressed, original in zip(ours, theirs, strict=True):
+            for call, a, b in zip(wanted.values(), compressed, original, strict=True):
+                call(a, b)
 
 
 def walk(program: Program, ctx: Context, stream: Literal["float", "compressed", "both"], label: str) -> Iterator[Step]:
@@ -152,17 +167,24 @@ def _outside(flow: _Flow) -> set[fx.Node]:
 
 def _run(flow: _Flow, block: Block, wanted: Mapping[fx.Node, Callback]) -> None:
     """Run the block up to the wanted values, batch by batch; the entry itself may be wanted too."""
+    for values in _values(flow, block, list(wanted)):
+        with _products_in(flow.precision):
+            for call, value in zip(wanted.values(), values, strict=True):
+                call(value)
+
+
+def _values(flow: _Flow, block: Block, wanted: Sequence[fx.Node]) -> Iterator[list[Tensor]]:
+    """Yield each batch's wanted values, run only as far as they need; the entry itself may be wanted too."""
     inner = [n for n in wanted if n is not block.entry]
     nodes = dict.fromkeys(n for w in inner for n in between(flow.program, block.entry, w, _outside(flow)))
     part = region(flow.program, nodes, inner)
     module = part.module(decode=True) if inner else None
-    with _products_in(flow.precision):
-        for batch in range(len(flow.entry)):
-            if block.entry in wanted:
-                wanted[block.entry](flow.entry[batch])
-            if module is not None:
-                for node, value in zip(inner, _call(module, part, flow.values(batch, block)), strict=True):
-                    wanted[node](value)
+    for batch in range(len(flow.entry)):
+        found = {block.entry: flow.entry[batch]}
+        if module is not None:
+            with _products_in(flow.precision):
+                found.update(zip(inner, _call(module, part, flow.values(batch, block)), strict=True))
+        yield [found[n] for n in wanted]
     if module is not None:
         release(module)
 

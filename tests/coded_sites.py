@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from ir.ops.quant import QuantCodes
-from ir.ops.shiftcode import ShiftCodes
+from ir.decode import arguments, code_nodes, codes_of
+from ir.ops.nested import NestedCodes
 from ir.program import PATH, Program, is_call
 
 nomul = torch.ops.nomul
+CODED = (nomul.shiftadd_linear, nomul.quant_linear, nomul.nested_linear)
 
 
 def coded(program: Program) -> dict[str, fx.Node]:
     """The coded linears of a program, by site name."""
-    return {str(n.meta[PATH]): n for n in program.calls(nomul.shiftadd_linear, nomul.quant_linear)}
+    return {str(n.meta[PATH]): n for n in program.calls(*CODED)}
 
 
 def parts(program: Program, node: fx.Node) -> list[Tensor | None]:
     """The stored tensors of a coded linear, None for an absent one."""
+    if is_call(node, nomul.nested_linear):
+        return [program.value(held) for nodes in code_nodes(node).values() for held in nodes]
     count = 5 if is_call(node, nomul.shiftadd_linear) else 4
     return [None if a is None else program.value(a) for a in node.args[1:count]]  # type: ignore[arg-type]
 
@@ -30,12 +33,10 @@ def stored_bytes(program: Program, node: fx.Node) -> int:
 
 def decoded(program: Program, node: fx.Node) -> Tensor:
     """The weight [rows, inputs] that the stored parts stand for, float64."""
-    found = parts(program, node)
-    inputs = int(node.args[0].meta["type"].dims[-1])  # type: ignore[union-attr]
-    one, two = (int(a) for a in node.args[-2:])  # type: ignore[arg-type]
-    if is_call(node, nomul.shiftadd_linear):
-        return ShiftCodes(*found, one, two, inputs).dequantize(torch.float64)  # type: ignore[arg-type]
-    return QuantCodes(*found, one, two, inputs).dequantize(torch.float64)  # type: ignore[arg-type]
+    codes = codes_of(node, program.params.get)
+    if isinstance(codes, NestedCodes):
+        codes = codes.at(arguments(node)["precision"])
+    return codes.dequantize(torch.float64)
 
 
 def same_parts(a: Program, b: Program, site: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,6 +98,44 @@ def test_an_artifact_is_whole(tiny_hf: Path, tmp_path: Path, capsys: pytest.Capt
     text = capsys.readouterr()
     assert "14 sites" in text.out and "gate      passed" in text.out and "time      " in text.out
     assert "tracing" not in text.out and "shiftadd 2/2" in text.err
+
+
+def test_the_work_of_a_token_is_told_before_and_after_each_pass(
+    tiny_hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert compile_(tiny_hf, out, f"canon,{SHIFT}") == 0
+    found = report(out)
+    steps = found["cost"]["steps"]
+    assert [step["after"] for step in steps] == ["input", "canon", SHIFT] and not any(s["unknown"] for s in steps)
+    before, after = steps[0], steps[2]
+    # Per block: four projections around 32 channels with half of them for keys and values, and three of the MLP.
+    coded = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    assert before["multiplies"] - after["multiplies"] == coded
+    assert before["shifts"] == before["lookups"] == 0 < min(after["shifts"], after["lookups"])
+    assert after["bytes"] < before["bytes"]
+    shiftadd = found["pipeline"][1]
+    assert shiftadd["cost_after"]["multiplies"] == after["multiplies"]
+    assert shiftadd["cost_before"] == found["pipeline"][0]["cost_after"]
+    text, page = capsys.readouterr().out, (out / "report.html").read_text(encoding="utf-8")
+    for shown in (text, page.replace("&gt;", ">")):
+        assert re.search(
+            r"per token: multiplies [\d.]+ k -> [\d.]+ k, adds .*, shifts 0 -> .*, look-ups 0 -> .*, bytes ", shown
+        )
+        assert re.search(r"work a token, after +multiplies +adds", shown) and "MODEL" not in shown
+
+
+def test_energy_is_told_when_asked_for(tiny_hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert compile_(tiny_hf, out, RTN, "--energy") == 0
+    text, energy = capsys.readouterr().out, report(out)["energy"]
+    assert "energy MODEL" in text and "nothing was measured" in text and "MODEL" in (out / "report.html").read_text()
+    steps, unit = report(out)["cost"]["steps"], energy["unit_pj"]["fp32"]
+    for when, step in (("before", steps[0]), ("after", steps[-1])):
+        assert energy["arithmetic_pj"][when]["fp32"] == pytest.approx(
+            step["multiplies"] * unit["multiply"] + step["adds"] * unit["add"]
+        )
+        assert energy["memory_pj"][when] == step["bytes"] * energy["dram_pj_per_byte"]
 
 
 def test_a_pipeline_is_put_in_order_with_one_note(

@@ -60,6 +60,40 @@ def test_ir_prints_the_program_and_nothing_else(folder: Path, capsys: pytest.Cap
     assert "compressed" in capsys.readouterr().out
 
 
+def test_the_cost_of_a_run_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main([str(folder), "--cost", "--tokens", "4", "--past", "8"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"operator +calls +multiplies +adds +shifts +look-ups +bytes", out)
+    # The head: 4 tokens, 96 rows of 32 inputs; weight, inputs and logits of 4 bytes each.
+    assert re.search(r"\nlm_head +12\.3 k +11\.9 k +0 +0 +14\.0 KiB", out) and "energy MODEL" not in out
+    assert inspect.main([str(folder), "--cost", "--tokens", "4", "--past", "8", "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)["cost"]
+    assert (cost["tokens"], cost["past"], cost["unknown"]) == (4, 8, [])
+    for key in ("multiplies", "adds", "shifts", "lookups", "bytes"):
+        assert sum(r[key] for r in cost["sites"]) == sum(r[key] for r in cost["operators"]) == cost["total"][key] > 0
+    sites = {row["site"]: row for row in cost["sites"]}
+    assert sites["lm_head"]["multiplies"] == 4 * 96 * 32
+    assert sites["model.layers.0.mlp.up_proj"]["multiplies"] == 0 < sites["model.layers.0.mlp.up_proj"]["shifts"]
+    # Weights are never asked for: the text of a program alone gives the same figures.
+    assert inspect.main([str(folder / "program.ir"), "--cost", "--tokens", "4", "--past", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cost"] == cost
+    assert run(inspect.main, [str(folder), "--cost", "--tokens", "0"]) == 2
+
+
+def test_the_energy_model_is_called_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main([str(folder), "--energy"]) == 0
+    out = capsys.readouterr().out
+    assert "energy MODEL" in out and "2406.05981" in out and "nothing was measured" in out and "left out" in out
+    assert inspect.main([str(folder), "--energy", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (total,), units = report["energy"]["arithmetic_pj"].values(), report["energy"]["unit_pj"]["fp16"]
+    cost = report["cost"]["total"]
+    priced = {"multiplies": "multiply", "adds": "add", "shifts": "shift", "lookups": "lookup"}
+    assert total["fp16"] == pytest.approx(sum(cost[key] * units[price] for key, price in priced.items()))
+    assert inspect.main([str(folder), "--json"]) == 0
+    assert "energy" not in (plain := json.loads(capsys.readouterr().out)) and "cost" not in plain
+
+
 def test_a_checkpoint_is_read_by_its_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()), encoding="utf-8")
     tensors = {"model.norm.weight": torch.ones(32), "model.embed_tokens.weight": torch.ones(96, 32)}

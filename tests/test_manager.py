@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from ir.parse import parse as parse_program
 from ir.program import Program
 from ir.text import dump
 from ir.types import TensorType
-from passes.base import Context, Diagnostic, Event, Log, OptionError, Pass, SiteReport, Stage
+from passes.base import Context, Diagnostic, Event, Log, Note, OptionError, Pass, SiteReport, Stage
 from passes.canon import Canon
 from passes.manager import PassReport, Settings, run_pipeline
 from passes.pipeline import Item, Pipeline, parse
@@ -298,6 +298,36 @@ def test_each_pass_has_a_work_folder_of_its_own(tiny_model: Program, tmp_path: P
     start(tiny_model.clone(), Looker(), Looker(), ctx=Context(work=tmp_path))
     start(tiny_model.clone(), Looker())
     assert seen == [tmp_path / "00-toy", tmp_path / "01-toy", None]
+
+
+@dataclass(frozen=True)
+class LooksAhead(Toy):
+    """Notes which passes come after it, and refuses to be the last."""
+
+    name: ClassVar[str] = "looks"
+
+    def check_following(self, following: Sequence[Pass]) -> None:
+        if not following:
+            raise UsageError("nothing comes after looks")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        ctx.log.note(",".join(p.name for p in ctx.following))
+
+
+def test_a_pass_is_told_which_come_after_it(tiny_model: Program) -> None:
+    heard: list[Event] = []
+    log = Log(listener=heard.append)
+    nested = Item(Toy(), (Item(Breaker("type")),))
+    items = (Item(LooksAhead()), Item(LooksAhead()), Item(Toy()), nested)
+    run_pipeline(tiny_model.clone(), Pipeline(items), Context(log=log), Settings())
+    assert log.notes == heard == [Note("looks,toy,toy,breaker", "looks"), Note("toy,toy,breaker", "looks")]
+
+
+def test_a_pass_that_is_of_no_use_where_it_stands_is_refused_before_anything_runs(tiny_model: Program) -> None:
+    Recorder.runs.clear()
+    with pytest.raises(UsageError, match="nothing comes after looks"):
+        start(tiny_model.clone(), Recorder(), LooksAhead())
+    assert not Recorder.runs
 
 
 def test_strict_ends_at_the_first_site_left_alone(tiny_model: Program, tmp_path: Path) -> None:

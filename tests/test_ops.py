@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from ir.errors import UsageError
+from ir.ops.codes import CODES
 from ir.ops.cost import Cost, linear_cost
 from ir.ops.packing import pack_bits
 from ir.ops.quant import QuantCodes, quant_cost
 from ir.ops.shift import shift
-from ir.ops.shiftadd import shiftadd_by_shifts, shiftadd_cost
-from ir.ops.shiftcode import ShiftCodes, dequantize, encode, group_count
+from ir.ops.shiftadd import shiftadd_by_shifts, shiftadd_cost, shiftadd_cost_of
+from ir.ops.shiftcode import ShiftCodes, decode_planes, dequantize, encode, encode_uniform, group_count
 
 nomul = torch.ops.nomul
 F64 = torch.float64
@@ -35,24 +37,40 @@ def random_codes(
     offsets: bool = True,
     seed: int = 0,
     whole: bool = False,
+    row_group: int = 1,
+    code: str = "planes",
 ) -> ShiftCodes:
-    """Codes of seeded planes, scales spread over many octaves (some zero) and signed offsets.
+    """Codes of seeded planes, scales of both signs spread over many octaves (some zero) and signed offsets.
 
-    whole: scales and offsets are multiples of 2**-24 below 2**4, so that sums of small integers are exact in float64.
+    whole: scales and offsets are multiples of 2**-27 below 2**4, so that sums of small integers are exact in float64.
     """
     generator = torch.Generator().manual_seed(seed)
-    groups = group_count(inputs, group)
-    signs = torch.where(torch.rand(planes, rows, inputs, generator=generator) < 0.5, -1.0, 1.0)
-    octave = torch.randint(-6 if whole else -20, 3, (rows, groups, planes), generator=generator).double()
-    alpha = torch.rand(rows, groups, planes, generator=generator).double().add(1).mul(2**octave)
+    groups, tiles, sets = group_count(inputs, group), group_count(rows, row_group), CODES[code].sets(planes)
+    digits = torch.randint(-1 if CODES[code].trits else 0, 2, (planes, rows, inputs), generator=generator)
+    octave = torch.randint(-6 if whole or not terms else -20, 3, (tiles, groups, sets), generator=generator).double()
+    alpha = torch.rand(tiles, groups, sets, generator=generator).double().add(1).mul(2**octave)
+    alpha = alpha * (torch.randint(0, 2, alpha.shape, generator=generator) * 2 - 1)
     alpha[torch.rand(alpha.shape, generator=generator) < 0.1] = 0.0
-    offset = torch.randn(rows, groups, generator=generator).double()
+    offset = torch.randn(tiles, groups, generator=generator).double()
     offset[torch.rand(offset.shape, generator=generator) < 0.1] = 0.0
-    return encode(signs, alpha, offset if offsets else None, group, terms)
+    if code != "uniform":
+        return encode(digits, alpha, offset if offsets else None, group, terms, row_group, code)
+    integers = (digits << torch.arange(planes)[:, None, None]).sum(0).to(torch.uint8)
+    zeros = torch.randint(0, 2**planes, (tiles, groups), generator=generator).to(torch.uint8)
+    return encode_uniform(integers, alpha[..., 0], zeros if offsets else None, planes, group, terms, row_group)
 
 
 def shift_args(codes: ShiftCodes, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    return (x, codes.signs, codes.scales, codes.exponents, codes.offsets, bias, codes.group, codes.terms)
+    stored = (codes.signs, codes.scales, codes.exponents, codes.offsets)
+    layout = () if codes.row_group == 1 and codes.code == "planes" else (codes.row_group, codes.code)
+    return (x, *stored, bias, codes.group, codes.terms, *layout)
+
+
+def nested_args(x: Tensor, bias: Tensor | None, terms: int, offsets: bool, precision: int) -> tuple[Any, ...]:
+    """Arguments of `nested_linear` with 5 rows and precisions 1 and 3."""
+    pair = [random_codes(5, x.shape[-1], 4, planes, terms, offsets, row_group=2).tensors() for planes in (1, 3)]
+    lists = [[codes[name] for codes in pair if name in codes] for name in ("scales", "exponents", "offsets")]
+    return (x, pair[1]["signs"], *lists, bias, 4, terms, 2, [1, 3], precision)
 
 
 def random_quant(rows: int, inputs: int, group: int, bits: int, zeros: bool, seed: int = 0) -> QuantCodes:
@@ -98,8 +116,25 @@ def op_cases() -> list[Any]:
         quant = random_quant(5, 11, 4, 3, zeros=offsets)
         args = quant_args(quant, torch.randn(2, 3, 11, dtype=F64), torch.randn(5, dtype=F64) if bias else None)
         cases.append(pytest.param(nomul.quant_linear, args, (0, 4) if bias else (0,), id=f"quant-{offsets}"))
+    for code, planes, terms in (
+        ("uniform", 3, 1),
+        ("uniform", 2, 0),
+        ("trits", 2, 4),
+        ("trits31", 2, 1),
+        ("planes", 2, 0),
+    ):
+        codes = random_codes(5, 11, 4, planes, terms, offsets=terms != 1, row_group=2, code=code)
+        args = shift_args(codes, torch.randn(2, 3, 11, dtype=F64), torch.randn(5, dtype=F64))
+        cases.append(pytest.param(nomul.shiftadd_linear, args, (0, 5), id=f"shiftadd-{code}-{terms}"))
+    for precision, terms, offsets in ((1, 2, True), (3, 0, False)):
+        bias = torch.randn(5, dtype=F64) if offsets else None
+        args = nested_args(torch.randn(2, 3, 11, dtype=F64), bias, terms, offsets, precision)
+        cases.append(pytest.param(nomul.nested_linear, args, (0, 5) if offsets else (0,), id=f"nested-{precision}"))
     cases.append(pytest.param(nomul.grouped_linear, grouped_args(), (0, 1), id="grouped"))
     cases.append(pytest.param(nomul.grouped_linear, grouped_args(ends=(0, 0, 0, 7)), (0, 1), id="grouped-one-expert"))
+    for transposed in (False, True):
+        turned = (torch.randn(2, 3, 24, dtype=F64), torch.tensor([3, 200, 77], dtype=torch.uint8), 12, transposed)
+        cases.append(pytest.param(nomul.hadamard, turned, (0,), id=f"hadamard-{transposed}"))
     outer = (torch.randn(7, 3, dtype=F64), *grouped_args()[::2])
     cases.append(pytest.param(nomul.grouped_outer, outer, (), id="grouped-outer"))
     return cases
@@ -132,7 +167,7 @@ def test_gradients_in_float64(op: Callable[..., Tensor], args: tuple[Any, ...], 
 def test_fake_results_look_like_real_ones(op: Callable[..., Tensor], args: tuple[Any, ...], wrt: Any) -> None:
     real = op(*args)
     with FakeTensorMode() as mode:
-        fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
+        fake = op(*tree_map_only(Tensor, mode.from_tensor, args))
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
@@ -225,17 +260,66 @@ def test_shift_broadcasts_exponents() -> None:
     assert found.tolist() == [[1.0] * 3, [0.125] * 3]
 
 
-@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
 @pytest.mark.parametrize("offsets", [True, False])
-@pytest.mark.parametrize(("rows", "inputs", "group"), [(5, 24, 8), (7, 21, 8), (3, 5, 16), (1, 1, 1), (9, 33, 11)])
-def test_shifts_give_what_the_operator_gives(rows: int, inputs: int, group: int, offsets: bool, terms: int) -> None:
-    codes = random_codes(rows, inputs, group, planes=3, terms=terms, offsets=offsets, seed=terms, whole=True)
+@pytest.mark.parametrize(("code", "planes"), [("planes", 3), ("uniform", 3), ("trits", 2), ("trits31", 2)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "group", "row_group"),
+    [(5, 24, 8, 1), (7, 21, 8, 3), (3, 5, 16, 1), (1, 1, 1, 1), (9, 33, 11, 4), (6, 13, 1, 8)],
+)
+def test_shifts_give_what_the_operator_gives(
+    rows: int, inputs: int, group: int, row_group: int, code: str, planes: int, offsets: bool, terms: int
+) -> None:
+    codes = random_codes(rows, inputs, group, planes, terms, offsets, terms, True, row_group, code)
     x = torch.randint(-128, 128, (2, 3, inputs)).double()
     bias = torch.randint(-64, 64, (rows,)).double() / 8
     for b in (bias, None):
         args = shift_args(codes, x, b)
-        # Every partial sum is a multiple of 2**-40 below 2**13, so that float64 rounds nothing, in whatever order.
+        # Every partial sum is a multiple of 2**-36 below 2**16, so that float64 rounds nothing, in whatever order.
         assert torch.equal(shiftadd_by_shifts(*args), nomul.shiftadd_linear(*args))
+
+
+@pytest.mark.parametrize(("code", "planes"), [("planes", 3), ("uniform", 8), ("trits", 2), ("trits31", 2)])
+def test_scales_that_are_no_sums_of_powers_multiply(code: str, planes: int) -> None:
+    codes = random_codes(7, 21, 8, planes, terms=0, row_group=3, code=code)
+    x = torch.randint(-128, 128, (2, 3, 21)).double()
+    args = shift_args(codes, x, None)
+    assert torch.equal(shiftadd_by_shifts(*args), nomul.shiftadd_linear(*args))
+    assert shiftadd_cost(codes, 1).multiplies > 0
+
+
+def test_no_weight_is_decoded_by_shifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> Tensor:
+        raise AssertionError("a weight was decoded")
+
+    codes = random_codes(7, 21, 8, 2, 2, row_group=3, code="trits")
+    for name in ("ir.ops.shiftadd.dequantize", "ir.ops.shiftadd.decode_scales", "ir.ops.shiftadd.decode_offsets"):
+        monkeypatch.setattr(name, forbidden)
+    shiftadd_by_shifts(*shift_args(codes, torch.randn(2, 21), None))
+
+
+def signed_sums(x: Tensor) -> Tensor:
+    """The look-up table of 8 activations, entry k with their signs by the bits of k: by doubling, one add each."""
+    table = -x.sum(0, keepdim=True)
+    for value in x:
+        table = torch.cat([table, table + 2 * value])
+    return table
+
+
+def test_look_up_tables_of_eight_activations() -> None:
+    x = torch.randint(-128, 128, (8,), generator=torch.Generator().manual_seed(4))
+    table = signed_sums(x)
+    keys = torch.arange(256)
+    assert table.tolist() == [sum((2 * (k >> t & 1) - 1) * int(x[t]) for t in range(8)) for k in range(256)]
+    assert torch.equal(table[255 - keys], -table[keys]) and table[255] == x.sum()
+
+
+def test_look_ups_by_the_stored_bytes_are_the_planes_product() -> None:
+    codes = random_codes(7, 24, 24, planes=2, offsets=False)
+    x = torch.randint(-128, 128, (24,), generator=torch.Generator().manual_seed(4))
+    tables = torch.stack([signed_sums(part) for part in x.split(8)])
+    found = tables[torch.arange(3), codes.signs.long()].sum(-1)
+    assert torch.equal(found, (decode_planes(codes).long() * x).sum(-1))
 
 
 def test_negative_terms_and_offsets_are_exercised_by_the_exactness_test() -> None:
@@ -280,17 +364,17 @@ def test_quant_linear_decodes_each_weight(bits: int, zeros: bool) -> None:
 
 def test_too_many_terms_are_refused() -> None:
     with pytest.raises(UsageError):
-        encode(torch.ones(1, 1, 4), torch.ones(1, 1, 1), None, 4, 4)
+        encode(torch.ones(1, 1, 4), torch.ones(1, 1, 1), None, 4, 5)
 
 
 def test_costs_add_and_shift_add_never_multiplies() -> None:
     codes = random_codes(32, 64, 16, planes=3)
     one, ten = shiftadd_cost(codes, 1), shiftadd_cost(codes, 10)
     assert one.multiplies == ten.multiplies == 0 and one.adds > 0 and one.shifts > 0
-    assert (ten.adds, ten.shifts) == (10 * one.adds, 10 * one.shifts)
+    assert (ten.adds, ten.shifts, ten.lookups) == (10 * one.adds, 10 * one.shifts, 10 * one.lookups)
     weights = codes.stored_bits // 8
     assert (one.bytes - weights) * 10 == ten.bytes - weights
-    assert one + one == Cost(2 * one.bytes, 0, 2 * one.adds, 2 * one.shifts)
+    assert one + one == Cost(2 * one.bytes, 0, 2 * one.adds, 2 * one.shifts, 2 * one.lookups)
 
 
 def test_shift_add_costs_grow_with_what_is_stored() -> None:
@@ -298,6 +382,40 @@ def test_shift_add_costs_grow_with_what_is_stored() -> None:
     for more in ({"planes": 3}, {"terms": 2}, {"offsets": True}):
         dearer = shiftadd_cost(random_codes(32, 64, 16, **{"planes": 2, "terms": 1, "offsets": False, **more}), 1)
         assert dearer.adds > plain.adds and dearer.shifts > plain.shifts and dearer.bytes > plain.bytes
+
+
+def cost_of(**changes: Any) -> Cost:
+    numbers = {"planes": 2, "rows": 96, "in_features": 64, "groups": 4, "scale_sets": 2, "terms": 2, "row_group": 1}
+    rest = {"has_offset": False, "stored_bytes": 1000, "tokens": 1, "element": 4}
+    return shiftadd_cost_of(**{**numbers, **rest, **changes})  # type: ignore[arg-type]
+
+
+def test_costs_counted_by_hand() -> None:
+    lookups = 2 * 96 * 8
+    scaled = 96 * 4 * 2 * 2
+    # Eight tables of 128 sums; a look-up and an add for 8 inputs of each row and plane; 2 shifts and adds a scale.
+    assert cost_of() == Cost(1000 + 160 * 4, 0, 8 * 128 + lookups + scaled, scaled, lookups)
+    # Without sums of powers of two, a multiply a scale.
+    assert cost_of(terms=0) == Cost(1640, scaled // 2, 8 * 128 + lookups + scaled // 2, 0, lookups)
+    # Offsets: the sums of groups, a shifted add for each power of two, and one add a row.
+    extra = cost_of(has_offset=True)
+    assert (extra.adds - cost_of().adds, extra.shifts - cost_of().shifts) == (64 + 96 * 4 * 2 + 96, 96 * 4 * 2)
+    # Three bits with one scale are joined by 2 adds and 2 shifts; a pair of 3:1 trits by 4 and 1, with 4 look-ups.
+    tied = cost_of(planes=3, scale_sets=1, code="uniform", terms=1)
+    assert tied.shifts == 96 * 4 * (2 + 1) + 96 * 4
+    trits = cost_of(scale_sets=1, code="trits31", terms=1)
+    assert (trits.lookups, trits.shifts) == (2 * lookups, 96 * 4 * (1 + 1))
+    assert trits.adds == 8 * 128 + 2 * lookups + 96 * 4 * (4 + 1)
+    assert cost_of(code="trits").shifts == cost_of().shifts
+
+
+def test_few_tiles_scale_the_activations_first() -> None:
+    # A column a group and all rows one tile: scaling 64 activations twice beats scaling 64 x 96 products.
+    acc = cost_of(groups=64, row_group=96)
+    assert acc == Cost(1640, 0, 2 * 64 + 2 * 8 * 128 + 2 * 96 * 8 + 96 * 2, 2 * 64 * 2, 2 * 96 * 8)
+    assert acc.operations < cost_of(groups=64).operations
+    # With a table of its own for every few rows that order loses.
+    assert cost_of(row_group=2) == cost_of()
 
 
 def test_dense_and_quantised_costs() -> None:

@@ -10,6 +10,8 @@ import torch
 
 from ir.analysis import linear_sites
 from ir.errors import UnsupportedError
+from ir.ops.packing import unpack_bits
+from ir.ops.shiftcode import decode_scales, encode, round_power_terms
 from ir.program import Program
 from ir.text import dump
 from ir.verify import verify
@@ -98,6 +100,44 @@ def test_a_weight_on_the_grid_is_kept_exactly(tiny_model: Program) -> None:
     assert next(r for r in log.reports if r.site == SITES[0]).figures["sqnr_db"] == float("inf")
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_scales_of_few_powers_of_two(tiny_model: Program, terms: int, symmetric: bool) -> None:
+    program = tiny_model.clone()
+    weight = program.params.get(f"{SITES[0]}.weight").clone()
+    # A group of zeros, one far below its row, one below what float16 holds, and one far above.
+    weight[0, :16], weight[1, :16], weight[2], weight[3, :16] = 0.0, weight[1, :16] * 2**-20, 2.0**-30, 1e4
+    program.params.put(f"{SITES[0]}.weight", weight, "test")
+    _, float_log = compress(program, bits=4, symmetric=symmetric)
+    found, log = compress(program, bits=4, symmetric=symmetric, terms=terms)
+    for node in coded(found).values():
+        scales = parts(found, node)[1]
+        assert scales is not None and scales.dtype == torch.float16
+        exact = scales.double()
+        assert torch.equal(round_power_terms(exact, terms), exact) and bool((exact > 0).all())
+        # Within the window of one row's scale codes, so that they can be stored as such.
+        ones = torch.ones(1, exact.shape[0], 16 * exact.shape[1])
+        assert torch.equal(decode_scales(encode(ones, exact[..., None], None, 16, terms))[..., 0], exact)
+        assert bool(torch.isfinite(decoded(found, node)).all())
+    # One power of two costs up to a bit of resolution, two little, three nothing to speak of.
+    loss = {1: 6.1, 2: 1.5, 3: 0.5}[terms]
+    fine = {r.site: r.figures["sqnr_db"] for r in float_log.reports}
+    assert all(r.figures["sqnr_db"] > fine[r.site] - loss for r in log.reports if r.site != SITES[0])
+
+
+def test_codes_are_chosen_under_the_rounded_scale(tiny_model: Program) -> None:
+    found, _ = compress(tiny_model, bits=4, terms=1)
+    for site in linear_sites(tiny_model, tiny_model.graph.nodes)[0]:
+        node = coded(found)[site.name]
+        _, scales, zeros = parts(found, node)
+        assert scales is not None and zeros is not None
+        points = unpack_bits(zeros, 4, scales.shape[1]).double()
+        levels = (torch.arange(16.0).double() - points[..., None]) * scales.double()[..., None]
+        weight = tiny_model.params.get(site.weight).double()
+        nearest = (weight[..., None] - levels.repeat_interleave(16, 1)).abs().amin(-1)
+        torch.testing.assert_close((weight - decoded(found, node)).abs(), nearest, rtol=0, atol=1e-6)
+
+
 def test_a_weight_of_zeros_is_kept(tiny_model: Program) -> None:
     program = tiny_model.clone()
     program.params.put(f"{SITES[2]}.weight", torch.zeros(16, 32), "test")
@@ -111,6 +151,7 @@ def test_a_weight_of_zeros_is_kept(tiny_model: Program) -> None:
         {"bits": 4, "group": 16},
         {"bits": 3, "group": 8},
         {"bits": 3, "group": 32, "symmetric": True},
+        {"bits": 4, "group": 16, "terms": 1},
         {"bits": 5, "group": 32, "skip": ("v_proj", "model.layers.1.mlp.*")},
     ],
 )
@@ -147,7 +188,7 @@ def test_a_group_must_divide_every_input(tiny_model: Program) -> None:
     assert "32, 16, 8" in caught.value.fix
 
 
-@pytest.mark.parametrize(("option", "value"), [("bits", 1), ("bits", 9), ("group", 0)])
+@pytest.mark.parametrize(("option", "value"), [("bits", 1), ("bits", 9), ("group", 0), ("terms", 4)])
 def test_options_out_of_range(option: str, value: int) -> None:
     with pytest.raises(OptionError, match=f"option {option} of pass rtn"):
         parse(f"rtn{{{option}={value}}}")

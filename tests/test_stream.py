@@ -108,6 +108,33 @@ def test_both_streams_in_one_walk(tiny_model: Program) -> None:
         assert not equal(compressed, floating)
 
 
+def test_pairs_are_the_same_tokens_of_both_streams(tiny_model: Program) -> None:
+    program, data = tiny_model.clone(), batches(*SHAPES)
+    for step in walk(program, Context(calibration=data), "both", "test"):
+        sites = {s.name.rpartition(".")[2]: s.node for s in linear_sites(program, step.block.nodes)[0]}
+        wanted = [sites["down_proj"].args[0], step.block.entry, sites["o_proj"], step.block.exit]
+        pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in wanted]
+        calls = [lambda a, b, rows=rows: rows.append((a.clone(), b.clone())) for rows in pairs]
+        step.observe_pairs(dict(zip(wanted, calls, strict=True)))  # type: ignore[arg-type]
+        for node, rows in zip(wanted, pairs, strict=True):
+            assert isinstance(node, fx.Node)
+            compressed: list[Tensor] = []
+            floating: list[Tensor] = []
+            step.observe({node: keep(compressed)})
+            step.observe_float({node.name: keep(floating)})
+            assert equal([a for a, _ in rows], compressed) and equal([b for _, b in rows], floating)
+            assert equal(floating, [values(tiny_model, ids)[node.name] for ids in data])
+            assert equal(compressed, floating) == (step.block.index == 0)
+        coarse(program, step)
+
+
+def test_a_pair_of_the_entry_alone_runs_nothing(tiny_model: Program) -> None:
+    data, found = batches((2, 3), (1, 4)), []
+    step = next(iter(walk(tiny_model.clone(), Context(calibration=data), "both", "test")))
+    step.observe_pairs({step.block.entry: lambda a, b: found.append((a, b))})
+    assert [a.shape[:2] for a, _ in found] == [(2, 3), (1, 4)] and all(torch.equal(a, b) for a, b in found)
+
+
 def test_values_inside_a_block_that_the_pass_is_halfway_through(tiny_model: Program) -> None:
     program, data = tiny_model.clone(), batches((2, 8), (1, 3))
     for step in walk(program, Context(calibration=data), "compressed", "test"):
@@ -202,6 +229,10 @@ def test_a_stream_that_was_not_asked_for_is_not_there(tiny_model: Program) -> No
     step = next(iter(walk(tiny_model.clone(), ctx, "compressed", "test")))
     with pytest.raises(ValueError, match="float"):
         step.observe_float({step.block.entry.name: lambda _: None})
+    for stream in ("float", "compressed"):
+        step = next(iter(walk(tiny_model.clone(), ctx, stream, "test")))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="both streams"):
+            step.observe_pairs({step.block.entry: lambda *_: None})
 
 
 @pytest.mark.parametrize("calibration", [None, []])

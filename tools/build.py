@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from passes.manager import PassReport
     from passes.pipeline import Pipeline
     from tools.calibration import TokenData
+    from tools.costs import CostStep
     from tools.estimate import Estimate
     from tools.gate import Quality
     from tools.report import Report
@@ -39,6 +40,14 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What the passes reported, and the cost of the program before the first and after each."""
+
+    reports: tuple[PassReport, ...]
+    costs: tuple[CostStep, ...]
 
 
 @dataclass(frozen=True)
@@ -107,10 +116,10 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
             _check_weights(model.program)
         before = model.program.clone()
         with work_folder(options, model, planned.pipeline, data) as work:
-            reports = _run(model.program, planned, options, data, work, clock, listener)
+            ran = _run(model.program, planned, options, data, work, clock, listener)
             with clock.phase("judge"):
                 quality = _judge(before, model.program, data, options)
-            return _finish(options, planned, model, reports, quality, data, work, clock, peak)
+            return _finish(options, planned, model, ran, quality, data, work, clock, peak)
 
 
 def _data(model: Model, pipeline: Pipeline, options: BuildOptions) -> TokenData | None:
@@ -179,18 +188,22 @@ def _run(
     work: Path,
     clock: _Clock,
     listener: Callable[[Event], None] | None,
-) -> tuple[PassReport, ...]:
+) -> _Ran:
     from passes.base import Context, Log
     from passes.manager import Settings, run_pipeline
+    from tools.costs import INPUT, cost_step
 
     log = Log() if listener is None else Log(listener=listener)
     calibration = None if data is None else data.calibration
     ctx = Context(options.seed, log, calibration, work, options.strict, options.precision)
     settings = Settings(options.verify, options.verify != "off", options.dump_ir, work)
-    reports = run_pipeline(program, planned.pipeline, ctx, settings)
+    costs = [cost_step(INPUT, program)]
+    reports = run_pipeline(
+        program, planned.pipeline, ctx, settings, finished=lambda done: costs.append(cost_step(done.text, program))
+    )
     for report in reports:
         clock.phases[report.text] = clock.phases.get(report.text, 0.0) + report.seconds
-    return reports
+    return _Ran(reports, tuple(costs))
 
 
 def _judge(before: Program, after: Program, data: TokenData | None, options: BuildOptions) -> Quality | None:
@@ -207,7 +220,7 @@ def _finish(
     options: BuildOptions,
     planned: Plan,
     model: Model,
-    reports: tuple[PassReport, ...],
+    ran: _Ran,
     quality: Quality | None,
     data: TokenData | None,
     work: Path,
@@ -236,8 +249,8 @@ def _finish(
         settings = _settings(options, data)
         _write_manifest(partial, options, planned, model, hashes, quality, settings)
         report = Report(
-            options.model, str(planned.pipeline), str(options.out), clock.phases, peak.bytes, reports, totals, quality,
-            settings, (*planned.notes, *notes),
+            options.model, str(planned.pipeline), str(options.out), clock.phases, peak.bytes, ran.reports, totals,
+            quality, settings, (*planned.notes, *notes), ran.costs, options.energy,
         )  # fmt: skip
         write_report(report, partial)
         os.replace(partial, options.out)

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--keep-order", action="store_true", help="refuse a pipeline whose order cannot work")
     p.add_argument("--max-kl", type=float, default=3.0, help="quality gate: largest KL to the input model, in nats")
     p.add_argument("--no-gate", action="store_true", help="accept any quality")
+    p.add_argument("--energy", action="store_true", help="add the energy model's table: published unit costs, 45 nm")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return p
 
@@ -78,6 +79,7 @@ def _options(args: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         args.model, passes, args.out, args.target, args.calib, args.samples, args.seqlen, args.seed, args.precision,
         args.resume, args.dump_ir, args.verify, args.strict, args.keep_order, not args.no_gate, args.max_kl,
+        args.energy,
     )  # fmt: skip
 
 
@@ -130,15 +132,19 @@ def _listener() -> Iterator[Callable[[Event], None]]:
 
 def summary(report: Report) -> str:
     """Return what a person reads at the end of a compilation."""
-    from tools.report import left_alone, pass_table, site_table
+    from tools.costs import change_line, unknown_lines
+    from tools.report import energy_table, left_alone, pass_table, site_table, work_table
 
     totals, quality = report.totals, report.quality
-    parts = [pass_table(report.reports), site_table(report.reports), left_alone(report.reports)]
+    parts = [pass_table(report.reports), work_table(report), site_table(report.reports), left_alone(report.reports)]
+    parts.append(energy_table(report))
     bits = totals["bits_per_weight_compressed"]
     size = f"size      {size_text(int(totals['artifact_bytes']))}"
     parts.append(
         size + (f", {bits:.3f} stored bits per weight in {totals['compressed_linears']} linears" if bits else "")
     )
+    if report.costs:
+        parts += [change_line(report.costs), *unknown_lines(report.costs[-1].unknown)]
     if quality is not None:
         parts.append(
             f"quality   perplexity {quality.before:.2f} -> {quality.after:.2f}, KL {quality.kl:.4f}, top-1 "

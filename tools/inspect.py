@@ -27,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ir", action="store_true", help="print the program's text and nothing else")
     p.add_argument("--sites", action="store_true", help="list the linears: shape, bits, group, planes, stored bytes")
     p.add_argument("--blocks", action="store_true", help="list the repeated blocks that the dataflow shows")
+    p.add_argument("--cost", action="store_true", help="count multiplies, adds, shifts, look-ups and bytes of a run")
+    p.add_argument("--energy", action="store_true", help="with the counts, the energy model's table (45 nm unit costs)")
+    p.add_argument("--tokens", type=int, default=1, metavar="N", help="new tokens of the run that --cost counts (1)")
+    p.add_argument("--past", type=int, default=0, metavar="N", help="tokens in its cache (0)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
 
@@ -39,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
 
     place = resolve(options.model, console.note)
     stored = isinstance(place, Path) and (place.suffix == ".ir" or (place / PROGRAM_FILE).is_file())
-    if stored or options.ir or options.sites or options.blocks or not isinstance(place, Path):
+    asked = options.ir or options.sites or options.blocks or options.cost or options.energy
+    if stored or asked or not isinstance(place, Path):
         report, text = _program_report(options, place)
     else:
         report, text = _checkpoint_report(place)
@@ -82,6 +87,10 @@ def _program_report(options: argparse.Namespace, place: Path | str) -> tuple[Rep
         parts.append(_site_table(found))
     if options.blocks:
         report["blocks"], table = _blocks(program)
+        parts.append(table)
+    if options.cost or options.energy:
+        found_cost, table = _cost(program, options)
+        report |= found_cost
         parts.append(table)
     return report, "\n\n".join(parts)
 
@@ -161,6 +170,21 @@ def _blocks(program: Program) -> tuple[list[Report], str]:
     if not rows:
         return rows, "blocks    nothing repeats"
     return rows, console.table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+
+
+def _cost(program: Program, options: argparse.Namespace) -> tuple[Report, str]:
+    """Return what one run costs and, when asked, what the energy model makes of it, as data and as text."""
+    from ir.cost_model import program_cost
+    from tools.costs import cost_json, cost_text, energy_json, energy_text
+
+    found = program_cost(program, tokens=options.tokens, past=options.past)
+    report: Report = {"cost": cost_json(found)}
+    parts = [cost_text(found)] if options.cost else []
+    if options.energy:
+        costs = {f"tokens: {found.tokens}": found.total}
+        report["energy"] = energy_json(costs)
+        parts.append(energy_text(costs, found.unknown))
+    return report, "\n\n".join(parts)
 
 
 def _checkpoint_report(path: Path) -> tuple[Report, str]:

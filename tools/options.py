@@ -35,6 +35,7 @@ class BuildOptions:
     keep_order: bool = False
     gate: bool = True
     max_kl: float = DEFAULT_MAX_KL
+    energy: bool = False
 
 
 def check_options(options: BuildOptions) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.console import duration_text, finite, size_text, table
+from tools.costs import CostStep, change_line, cost_cells, energy_json, energy_text, steps_table, unknown_lines
 
 if TYPE_CHECKING:
+    from ir.ops.cost import Cost
     from passes.manager import PassReport
     from tools.gate import Quality
 
@@ -22,7 +24,10 @@ _COLOURS = {"good": "#2e7d32", "fair": "#e09000", "poor": "#c62828"}
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a compilation measured. phases: name -> seconds; totals: sizes and bits; notes: lines for the user."""
+    """Everything a compilation measured. phases: name -> seconds; totals: sizes and bits; notes: lines for the user.
+
+    costs: of the program as it came in, then after each pass; energy: also apply the energy model to them.
+    """
 
     model: str
     passes: str
@@ -34,10 +39,12 @@ class Report:
     quality: Quality | None
     settings: dict[str, Any]
     notes: tuple[str, ...]
+    costs: tuple[CostStep, ...] = ()
+    energy: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON-able data, schema 1."""
-        return {
+        found = {
             "schema": 1,
             "model": self.model,
             "passes": self.passes,
@@ -48,8 +55,22 @@ class Report:
             "quality": None if self.quality is None else self.quality.as_json(),
             "settings": self.settings,
             "notes": list(self.notes),
-            "pipeline": [_pass_json(r) for r in self.reports],
+            "cost": {"batch": 1, "tokens": 1, "past": 0, "steps": [step.as_json() for step in self.costs]},
+            "pipeline": [
+                _pass_json(report) | _work_json(self.costs[index : index + 2])
+                for index, report in enumerate(self.reports)
+            ],
         }
+        return found | ({"energy": energy_json(_ends(self.costs))} if self.energy and self.costs else {})
+
+
+def _work_json(around: Sequence[CostStep]) -> dict[str, Any]:
+    """Return what a pass made of the work of a token; around: the steps before and after it."""
+    return {f"cost_{when}": asdict(step.cost) for when, step in zip(("before", "after"), around, strict=False)}
+
+
+def _ends(steps: Sequence[CostStep]) -> dict[str, Cost]:
+    return {"before": steps[0].cost, "after": steps[-1].cost}
 
 
 def _pass_json(report: PassReport) -> dict[str, Any]:
@@ -98,6 +119,16 @@ def pass_table(reports: Sequence[PassReport]) -> str:
     return table(("pass", "did", "left alone", "same function", "time", "peak"), rows)
 
 
+def work_table(report: Report) -> str:
+    """Return the work of one token before and after every pass, empty where it was not counted."""
+    return steps_table(report.costs) if report.costs else ""
+
+
+def energy_table(report: Report) -> str:
+    """Return the energy model's table for the programs that came in and went out, empty unless it was asked for."""
+    return energy_text(_ends(report.costs)) if report.energy and report.costs else ""
+
+
 def left_alone(reports: Sequence[PassReport], limit: int = 6) -> str:
     """Return the sites passes left alone, one line a reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -129,8 +160,12 @@ def _page(report: Report) -> str:
     if quality is not None:
         cards += [("perplexity", f"{quality.before:.2f} to {quality.after:.2f}"), ("KL", f"{quality.kl:.4f}")]
         cards += [("top-1", f"{quality.top1:.1%}"), ("gate", "passed" if quality.passed else "FAILED")]
+    if report.costs:
+        before, after = (cost_cells(step.cost)[0] for step in (report.costs[0], report.costs[-1]))
+        cards += [("multiplies a token", f"{before} to {after}")]
     boxes = "".join(f"<div class=card><b>{_e(k)}</b><span>{_e(v)}</span></div>" for k, v in cards)
     passes = f"<pre>{_e(pass_table(report.reports))}</pre><pre>{_e(left_alone(report.reports, 50))}</pre>"
+    passes += _work(report)
     return (
         "<!doctype html><meta charset=utf-8><title>nomul report</title><style>"
         "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
@@ -139,6 +174,14 @@ def _page(report: Report) -> str:
         "td,th{padding:.1rem .7rem;text-align:right}td:first-child,th:first-child{text-align:left}</style>"
         f"<h1>nomul report</h1>{boxes}<h2>Passes</h2>{passes}{_bars(report)}"
     )
+
+
+def _work(report: Report) -> str:
+    if not report.costs:
+        return ""
+    lines = [work_table(report), "", change_line(report.costs), *unknown_lines(report.costs[-1].unknown)]
+    energy = f"<pre>{_e(energy_table(report))}</pre>" if report.energy else ""
+    return f"<h2>Work</h2><pre>{_e(chr(10).join(lines))}</pre>{energy}"
 
 
 def _bars(report: Report) -> str:

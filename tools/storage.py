@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 import ir.ops  # noqa: F401 - registers the nomul operators
 from ir.analysis import linear_sites, site_name
-from ir.overloads import bound_args
+from ir.decode import arguments, code_nodes
 from ir.program import Program, is_call, tensor_type_of
 from ir.text import op_name
 
@@ -113,7 +112,7 @@ def _is_compressed(node: fx.Node) -> bool:
 
 
 def _compressed_site(program: Program, node: fx.Node, names: list[str]) -> Site:
-    values = _arguments(node)
+    values = arguments(node)
     rows, inputs = (int(tensor_type_of(n).dims[-1]) for n in (node, values["x"]))
     planes = tensor_type_of(values["signs"]).dims[0] if "signs" in values else None
     figures = {key: values[key] if isinstance(values.get(key), int) else None for key in ("bits", "group")}
@@ -125,14 +124,7 @@ def _compressed_site(program: Program, node: fx.Node, names: list[str]) -> Site:
 
 
 def _code_params(node: fx.Node) -> list[str]:
-    found = (v for k, v in _arguments(node).items() if k != "bias" and isinstance(v, fx.Node) and v.op == "get_attr")
-    return [str(v.target) for v in found]
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    target: Any = node.target
-    values = bound_args(target, node.args, node.kwargs) or ()
-    return {a.name: v for a, v in zip(target._schema.arguments, values, strict=True)}
+    return [str(code.target) for codes in code_nodes(node).values() for code in codes]
 
 
 def _stored_bytes(program: Program, names: Iterable[str]) -> int:

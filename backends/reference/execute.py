@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ir.errors import UsageError
+from ir.ops.nested import nested_by_shifts
 from ir.ops.shiftadd import shiftadd_by_shifts
 from ir.program import Program
 
@@ -13,9 +14,13 @@ MULTIPLY, SHIFT, CODES = "multiply", "shift", "codes"
 DEFAULT_MODE = MULTIPLY
 MODES = {
     MULTIPLY: "decode each weight once when loading, then run as fast as float (takes the memory of a float model)",
-    SHIFT: "evaluate shift-add linears by additions and shifts alone (slow: it shows that no multiply is needed)",
+    SHIFT: "evaluate shift-add linears by additions and shifts (slow: it shows that no multiply is needed for them)",
     CODES: "decode each weight anew in every call, as the operators are defined (least memory)",
 }
+_BY_SHIFTS = (
+    (torch.ops.nomul.shiftadd_linear, shiftadd_by_shifts),
+    (torch.ops.nomul.nested_linear, nested_by_shifts),
+)
 
 
 def executable(program: Program, mode: str = DEFAULT_MODE) -> nn.Module:
@@ -36,6 +41,7 @@ def executable(program: Program, mode: str = DEFAULT_MODE) -> nn.Module:
     if mode == MULTIPLY:
         return program.module(decode=True)
     copy = program.clone()
-    for node in copy.calls(torch.ops.nomul.shiftadd_linear):
-        node.target = shiftadd_by_shifts
+    for op, by_shifts in _BY_SHIFTS:
+        for node in copy.calls(op):
+            node.target = by_shifts
     return copy.module()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ir.ops.shiftcode import power_of_two
+from ir.ops.powerterms import power_of_two
 
 
 def shift(x: Tensor, exponent: Tensor) -> Tensor:

@@ -1,52 +1,90 @@
-"""The stored form of a shift-add weight: sign planes and scales that are sums of powers of two, all as integer codes.
+"""The stored form of a shift-add weight: planes of signs or trits, and scales that are sums of powers of two.
 
-W[n,k] = z[n,g] + sum_i alpha[n,g,i] * B_i[n,k], B in {-1,+1}, g = k // group (row groups along the inputs).
-A value is s * (2^e0 +- 2^e1 +- 2^e2) with e0 > e1 > e2 and steps of at most 7 octaves: one nibble a term.
+W[n,k] = z[r,g] + sum_i alpha[r,g,i] * D_i[n,k], D in {-1,+1} or {-1,0,+1}, g = k // group, r = n // row_group: a tile
+of `row_group` rows and `group` columns shares one set of scales. `CODES` says which alpha_i and z are stored.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import product
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from ir.errors import UsageError
+from ir.ops.codes import CODES, Code, expand_groups, expand_rows, group_count, meaning, row_tiles
 from ir.ops.packing import pack_bits, unpack_bits
+from ir.ops.powerterms import (
+    MAX_TERMS,
+    OFFSET_OCTAVES,
+    SCALE_OCTAVES,
+    decode_values,
+    encode_values,
+    leading_exponent,
+    pack_nibbles,
+    power_of_two,
+    round_power_terms,
+)
+from ir.ops.trits import pack_trits, unpack_trits
 
-SCALE_OCTAVES = 15
-OFFSET_OCTAVES = 7
-_MAX_DELTA = 7
-_LOWEST, _HIGHEST = -128, 127
+__all__ = [
+    "CODES",
+    "OFFSET_OCTAVES",
+    "SCALE_OCTAVES",
+    "ShiftCodes",
+    "decode_offsets",
+    "decode_plane",
+    "decode_planes",
+    "decode_scales",
+    "decode_zeros",
+    "dequantize",
+    "encode",
+    "encode_uniform",
+    "expand_groups",
+    "group_count",
+    "leading_exponent",
+    "plane_scales",
+    "power_of_two",
+    "round_power_terms",
+    "take_rows",
+]
+
+# A group of so many different weights or more is summed weight by weight.
+_MOST_LEVELS = 256
 
 
 @dataclass(frozen=True)
 class ShiftCodes:
-    """A shift-add weight [N, in_features] in stored form.
+    """A shift-add weight [N, in_features] in stored form; rows of scales belong to tiles of `row_group` weight rows.
 
-    signs: uint8 [planes, N, ceil(K/8)], bit t of byte b = input 8*b+t, 1 is +1, pad bits 0.
-    scales: uint8 nibbles [N, ceil(G*planes*terms/2)] in the order (g, plane, term). First nibble: octaves below the
-    row exponent, 15 = the scale is zero. Further nibbles: bits 0..2 octaves below the previous term (0 = this and all
-    later terms absent), bit 3 = this term is subtracted. The first term is positive: planes absorb the sign.
-    exponents: int8 [N, 2], the largest leading exponent of a row's scales and of its offsets (0 when there is none).
-    offsets: uint8 nibbles [N, ceil(G*terms/2)] or None. First nibble: bits 0..2 octaves below the row exponent, 7 = the
-    offset is zero, bit 3 = the offset is negative; further nibbles as for scales, their sign bits relative to the
-    offset's own sign.
+    signs: uint8 [planes, N, ceil(K/8)], bit t of byte b = input 8*b+t, 1 is +1, pad bits 0; of the codes with trits
+    [planes, N, ceil(K/5)], five to a byte as `ir.ops.trits` packs them.
+    scales: uint8 nibbles [tiles, ceil(G*S*terms/2)] in the order (g, set, term), S = planes or 1 (`CODES`). First
+    nibble: octaves below the tile's exponent, 15 = the scale is zero. Further nibbles: bits 0..2 octaves below the
+    previous term (0 = this and all later terms absent), bit 3 = this term is subtracted. The first term is positive:
+    planes absorb the sign. With terms = 0, float16 [tiles, G*S].
+    exponents: int8 [tiles, 2], the largest leading exponent of a tile's scales and of its offsets (0 when there is
+    none); None with terms = 0.
+    offsets: uint8 nibbles [tiles, ceil(G*terms/2)] or None. First nibble: bits 0..2 octaves below the tile's exponent,
+    7 = the offset is zero, bit 3 = the offset is negative; further nibbles as for scales, their sign bits relative to
+    the offset's own sign. With terms = 0, float16 [tiles, G]. Of `uniform` codes the zero points, uint8 bit stream
+    [tiles, ceil(G*planes/8)], None = 2**(planes-1): w = scale * (code - zero).
+    terms: powers of two a scale, 1 to 4; 0 for scales that are no short sums of them, which cost multiplies.
     """
 
     signs: Tensor
     scales: Tensor
-    exponents: Tensor
+    exponents: Tensor | None
     offsets: Tensor | None
     group: int
     terms: int
     in_features: int
+    row_group: int = 1
+    code: str = "planes"
 
     @property
     def planes(self) -> int:
-        """Number of sign planes."""
+        """Number of planes."""
         return self.signs.shape[0]
 
     @property
@@ -55,16 +93,34 @@ class ShiftCodes:
         return self.signs.shape[1]
 
     @property
+    def tiles(self) -> int:
+        """Number of row tiles, the ragged last one included."""
+        return group_count(self.rows, self.row_group)
+
+    @property
     def groups(self) -> int:
         """Number of groups along a row, the ragged last one included."""
         return group_count(self.in_features, self.group)
 
     @property
+    def meaning(self) -> Code:
+        """The row of `CODES`; raises UsageError for a code that is not there."""
+        return meaning(self.code, self.planes)
+
+    @property
+    def sets(self) -> int:
+        """Scales stored a group."""
+        return self.meaning.sets(self.planes)
+
+    @property
     def stored_bits(self) -> int:
         """Bits of all stored tensors, padding included."""
-        tensors = [self.signs, self.scales, self.exponents]
-        tensors += [] if self.offsets is None else [self.offsets]
-        return sum(8 * t.numel() * t.element_size() for t in tensors)
+        return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the stored tensors by field name, absent ones left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)[:4]}
+        return {name: value for name, value in values.items() if value is not None}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [N, K], summed exactly in float64 and rounded once to `dtype`."""
@@ -72,212 +128,227 @@ class ShiftCodes:
 
 
 def take_rows(codes: ShiftCodes, start: int, stop: int) -> ShiftCodes:
-    """Return the codes of a range of rows; rows are packed apart, so this cuts no byte."""
+    """Return the codes of a range of rows; rows are packed apart, so this cuts no byte.
+
+    Raises UsageError when a cut goes through a tile of rows that share their scales.
+    """
+    tiles = row_tiles(start, stop, codes.rows, codes.row_group)
     return replace(
         codes,
         signs=codes.signs[:, start:stop].contiguous(),
-        scales=codes.scales[start:stop].contiguous(),
-        exponents=codes.exponents[start:stop].contiguous(),
-        offsets=None if codes.offsets is None else codes.offsets[start:stop].contiguous(),
+        scales=codes.scales[tiles].contiguous(),
+        exponents=None if codes.exponents is None else codes.exponents[tiles].contiguous(),
+        offsets=None if codes.offsets is None else codes.offsets[tiles].contiguous(),
     )
 
 
-def group_count(in_features: int, group: int) -> int:
-    """Return the number of groups of `group` inputs, a ragged last one included."""
-    return -(-in_features // group)
+def encode(
+    signs: Tensor,
+    alpha: Tensor,
+    offset: Tensor | None,
+    group: int,
+    terms: int,
+    row_group: int = 1,
+    code: str = "planes",
+) -> ShiftCodes:
+    """Encode planes, scales and offsets; what is not representable is rounded, by `round_power_terms` or to float16.
 
-
-@dataclass(frozen=True)
-class _Table:
-    """All representable mantissas in [1, 2], ascending: value, lead above the value's own exponent, later nibbles."""
-
-    values: Tensor
-    middles: Tensor
-    lead: Tensor
-    nibbles: Tensor
-
-
-@lru_cache(maxsize=8)
-def _table(terms: int, device: str) -> _Table:
-    """Enumerate 1 +- 2^-d1 +- 2^-(d1+d2), each brought into [1, 2); equal values keep the fewest terms, lowest lead."""
-    if terms not in (1, 2, 3):
-        raise UsageError("a scale has 1, 2 or 3 power-of-two terms", why=f"{terms} were asked for")
-    found: dict[float, tuple[int, int, tuple[int, ...]]] = {}
-    for count in range(terms):
-        for steps in product(range(1, _MAX_DELTA + 1), repeat=count):
-            for signs in product((0, 1), repeat=count):
-                value, exponent = 1.0, 0
-                for step, sign in zip(steps, signs, strict=True):
-                    exponent -= step
-                    value += (-1.0 if sign else 1.0) * 2.0**exponent
-                lead = 0
-                while value < 1.0:
-                    value, lead = value * 2.0, lead + 1
-                later = tuple(d | s << 3 for d, s in zip(steps, signs, strict=True))
-                code = (count, lead, later + (0,) * (terms - 1 - count))
-                found[value] = min(found.get(value, code), code)
-    values = sorted(found)
-    grid = torch.tensor([*values, 2.0], dtype=torch.float64, device=device)
-    lead_list = [found[v][1] for v in values] + [1]
-    nibbles = [found[v][2] for v in values] + [found[1.0][2]]
-    return _Table(
-        grid,
-        (grid[1:] + grid[:-1]) / 2,
-        torch.tensor(lead_list, dtype=torch.int32, device=device),
-        torch.tensor(nibbles, dtype=torch.uint8, device=device).reshape(len(lead_list), terms - 1),
-    )
-
-
-def _lookup(x: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return |x| rounded to the nearest representable value, its leading exponent (int32) and its table index."""
-    table = _table(terms, str(x.device))
-    mantissa, exponent = torch.frexp(x.abs())
-    index = torch.searchsorted(table.middles, mantissa * 2.0)
-    exponent = exponent - 1
-    value = table.values[index] * power_of_two(exponent)
-    return torch.where(x == 0, 0.0, value), exponent + table.lead[index], index
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """Return 2**exponent exactly as float64, for int exponents in -1022..1023 (clamped), from the bit pattern."""
-    return (exponent.long().clamp(-1022, 1023) + 1023 << 52).view(torch.float64)
-
-
-def leading_exponent(x: Tensor, terms: int) -> Tensor:
-    """Return the exponent of the first term of x's code, int32; meaningless where x is 0."""
-    return _lookup(x.double(), terms)[1]
-
-
-def round_power_terms(x: Tensor, terms: int, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """Round to the nearest signed sum of `terms` powers of two that a code can hold (ShiftAddLLM's APoT scales).
-
-    x: float [...]; low, high: int tensors that broadcast to x, the least and greatest leading exponent allowed (a
-    row's window): what leads below `low` becomes zero, what leads above `high` the greatest value that leads there.
-    Returns float64 [...], sign symmetric and equivariant under powers of two. The rounding is to the nearest value of
-    the enumerated code book, not the greedy sqrt(2) switch of the release: its worst error is 33.3, 9.1
-    and 2.3 percent for 1, 2, 3 terms against 41.4, 10.8 and 2.7, its mean over log-uniform scales 17.3, 2.90 and 0.49
-    against 17.9, 2.98 and 0.50.
-    """
-    x = x.double()
-    value, lead, _ = _lookup(x, terms)
-    if high is not None:
-        table = _table(terms, str(x.device))
-        top = table.values[table.lead == 0].max()
-        value = torch.where((lead > high) & (x != 0), top * power_of_two(high.expand_as(lead)), value)
-    if low is not None:
-        value = torch.where(lead < low, 0.0, value)
-    return torch.copysign(value, x)
-
-
-def _encode_values(x: Tensor, terms: int, octaves: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return octaves below the row exponent ([N, M], `octaves` = zero), later nibbles [N, M, terms-1], exponent [N]."""
-    if not torch.isfinite(x).all():
-        raise UsageError("scales must be finite to be encoded", fix="check the weights for NaN and infinity")
-    value, lead, index = _lookup(x, terms)
-    alive = (value != 0) & (lead >= _LOWEST)
-    row = torch.where(alive, lead, _LOWEST - 1).amax(1)
-    if int(row.max()) > _HIGHEST:
-        raise UsageError("a scale is too large to be encoded", why=f"it exceeds 2**{_HIGHEST}")
-    below = row[:, None] - lead
-    alive &= below < octaves
-    later = torch.where(alive[..., None], _table(terms, str(x.device)).nibbles[index], 0)
-    return torch.where(alive, below, octaves).to(torch.uint8), later, torch.where(row < _LOWEST, 0, row)
-
-
-def _decode_values(first: Tensor, later: Tensor, row: Tensor, octaves: int) -> Tensor:
-    """Return the float64 magnitudes [N, M] of codes (first [N, M], later [N, M, terms-1], row exponent int [N])."""
-    exponent = row.long()[:, None] - first.long()
-    present = first < octaves
-    value = torch.where(present, power_of_two(exponent), 0.0)
-    for nibble in later.unbind(-1):
-        delta = (nibble & 7).long()
-        present = present & (delta > 0)
-        exponent = exponent - delta
-        term = torch.where((nibble >> 3).bool(), -1.0, 1.0) * power_of_two(exponent)
-        value = value + torch.where(present, term, 0.0)
-    return value
-
-
-def encode(signs: Tensor, alpha: Tensor, offset: Tensor | None, group: int, terms: int) -> ShiftCodes:
-    """Encode planes, scales and offsets; what is not representable is rounded by `round_power_terms` first.
-
-    signs: [planes, N, K], bool or positive for +1; alpha: float [N, G, planes], a negative scale flips its plane;
-    offset: float [N, G] or None. Values more than 14 octaves (offsets: 6) below their row's largest become zero.
-    Raises UsageError for shapes that disagree or values that are not finite.
+    signs: [planes, N, K], bool or positive for +1, or the digits -1, 0, 1 of trits; alpha: float [tiles, G, S], a
+    negative scale flips its planes; offset: float [tiles, G] or None. Nibbles hold no value more than 14 octaves
+    (offsets: 6) below its tile row's largest: those become zero. Raises UsageError for shapes that disagree, values
+    that are not finite, and uniform codes (`encode_uniform`).
     """
     planes, rows, inputs = signs.shape
-    groups = group_count(inputs, group)
-    if alpha.shape != (rows, groups, planes) or (offset is not None and offset.shape != (rows, groups)):
+    kind, groups, tiles = meaning(code, planes), group_count(inputs, group), group_count(rows, row_group)
+    if code == "uniform":
+        raise UsageError("uniform codes are not encoded from planes", fix="give the integers to encode_uniform")
+    sets = kind.sets(planes)
+    if alpha.shape != (tiles, groups, sets) or (offset is not None and offset.shape != (tiles, groups)):
         raise UsageError(
-            f"scales must be [{rows}, {groups}, {planes}] and offsets [{rows}, {groups}]",
+            f"scales must be [{tiles}, {groups}, {sets}] and offsets [{tiles}, {groups}]",
             why=f"they are {list(alpha.shape)} and {None if offset is None else list(offset.shape)}",
         )
     alpha = alpha.double()
-    flip = expand_groups((alpha < 0).permute(2, 0, 1), group, inputs)
-    first, later, row = _encode_values(alpha.reshape(rows, -1), terms, SCALE_OCTAVES)
-    exponents = torch.zeros(rows, 2, dtype=torch.int8, device=signs.device)
+    flip = expand_groups(expand_rows(alpha < 0, row_group, rows).permute(2, 0, 1), group, inputs)
+    if kind.trits:
+        packed = pack_trits(torch.where(flip, -signs, signs))
+    else:
+        packed = pack_bits(((signs > 0) ^ flip).to(torch.uint8), 1)
+    scales, offsets, exponents = _encode_scales(alpha.flatten(1).abs(), offset, terms)
+    return ShiftCodes(packed, scales, exponents, offsets, group, terms, inputs, row_group, code)
+
+
+def encode_uniform(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group: int,
+    terms: int,
+    row_group: int = 1,
+) -> ShiftCodes:
+    """Encode a uniformly quantised weight w = scale * (code - zero) as planes, one for each bit of its codes.
+
+    codes: uint8 [N, K] below 2**bits; scales: float [tiles, G], rounded where not representable; zeros: uint8
+    [tiles, G] or None for 2**(bits-1). terms = 0 keeps float16 scales, signs included, in as many bits as the uniform
+    form has; nibbles hold magnitudes, so there a negative scale turns its codes and zero points around. Raises
+    UsageError for shapes that disagree, codes that do not fit and values that are not finite.
+    """
+    rows, inputs = codes.shape
+    groups, tiles = group_count(inputs, group), group_count(rows, row_group)
+    if scales.shape != (tiles, groups) or (zeros is not None and zeros.shape != (tiles, groups)):
+        raise UsageError(
+            f"scales and zero points must be [{tiles}, {groups}]",
+            why=f"they are {list(scales.shape)} and {None if zeros is None else list(zeros.shape)}",
+        )
+    meaning("uniform", bits)
+    scales, top = scales.double(), 2**bits - 1
+    if codes.numel() and int(codes.max()) > top:
+        raise UsageError(f"a code does not fit {bits} bits", why=f"the largest is {int(codes.max())}")
+    flip = scales < 0
+    if terms and bool(flip.any()):
+        zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8) if zeros is None else zeros
+        zeros = torch.where(flip, top - zeros, zeros)
+        turned = expand_groups(expand_rows(flip, row_group, rows), group, inputs)
+        codes = torch.where(turned, top - codes, codes)
+    planes = torch.stack([pack_bits((codes >> i) & 1, 1) for i in range(bits)])
+    packed, _, exponents = _encode_scales(scales.abs() if terms else scales, None, terms)
+    points = None if zeros is None else pack_bits(zeros, bits)
+    return ShiftCodes(planes, packed, exponents, points, group, terms, inputs, row_group, "uniform")
+
+
+def _encode_scales(scales: Tensor, offset: Tensor | None, terms: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the stored scales, offsets and exponents of scales [tiles, M] and offsets [tiles, G], both float."""
+    if not 0 <= terms <= MAX_TERMS:
+        raise UsageError(f"a scale has 0 to {MAX_TERMS} power-of-two terms", why=f"{terms} were asked for")
+    if terms == 0:
+        return _half(scales), None if offset is None else _half(offset), None
+    first, later, row = encode_values(scales, terms, SCALE_OCTAVES)
+    exponents = torch.zeros(scales.shape[0], 2, dtype=torch.int8, device=scales.device)
     exponents[:, 0] = row.to(torch.int8)
-    offsets = None
-    if offset is not None:
-        z_first, z_later, z_row = _encode_values(offset.double(), terms, OFFSET_OCTAVES)
-        negative = (offset < 0) & (z_first < OFFSET_OCTAVES)
-        exponents[:, 1] = z_row.to(torch.int8)
-        offsets = _pack_nibbles(z_first | negative.to(torch.uint8) << 3, z_later)
-    packed = pack_bits(((signs > 0) ^ flip).to(torch.uint8), 1)
-    return ShiftCodes(packed, _pack_nibbles(first, later), exponents, offsets, group, terms, inputs)
+    if offset is None:
+        return pack_nibbles(first, later), None, exponents
+    z_first, z_later, z_row = encode_values(offset.double(), terms, OFFSET_OCTAVES)
+    negative = (offset < 0) & (z_first < OFFSET_OCTAVES)
+    exponents[:, 1] = z_row.to(torch.int8)
+    return pack_nibbles(first, later), pack_nibbles(z_first | negative.to(torch.uint8) << 3, z_later), exponents
 
 
-def expand_groups(values: Tensor, group: int, in_features: int) -> Tensor:
-    """Repeat each entry of the last dim (groups) over its inputs: [..., G] -> [..., in_features]."""
-    return (
-        values.repeat_interleave(group, -1)[..., :in_features]
-        if group < in_features
-        else values.expand(*values.shape[:-1], in_features)
-    )
+def _half(values: Tensor) -> Tensor:
+    rounded = values.half()
+    if not torch.isfinite(rounded).all():
+        raise UsageError("scales must be finite in float16", fix="check the weights for NaN, infinity and above 65504")
+    return rounded
 
 
 def decode_scales(codes: ShiftCodes, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the scales alpha >= 0, [N, G, planes], exact in float64 and float32."""
-    shape = (codes.rows, codes.groups * codes.planes, codes.terms)
-    nibbles = unpack_bits(codes.scales, 4, shape[1] * shape[2]).reshape(shape)
-    value = _decode_values(nibbles[..., 0], nibbles[..., 1:], codes.exponents[:, 0], SCALE_OCTAVES)
-    return value.reshape(codes.rows, codes.groups, codes.planes).to(dtype)
+    """Return the stored scales, [tiles, G, S], exact in float64 and float32.
+
+    They are never negative, but for uniform codes with terms = 0.
+    """
+    shape = (codes.tiles, codes.groups, codes.sets)
+    if codes.terms == 0:
+        return codes.scales.to(dtype).reshape(shape)
+    assert codes.exponents is not None
+    count = codes.groups * codes.sets
+    nibbles = unpack_bits(codes.scales, 4, count * codes.terms).reshape(codes.tiles, count, codes.terms)
+    value = decode_values(nibbles[..., 0], nibbles[..., 1:], codes.exponents[:, 0], SCALE_OCTAVES)
+    return value.reshape(shape).to(dtype)
+
+
+def plane_scales(codes: ShiftCodes) -> Tensor:
+    """Return what the digits of each plane are worth, alpha [tiles, G, planes], exact in float64."""
+    scales, kind = decode_scales(codes), codes.meaning
+    worth = [sum(2.0**e for e in kind.digit_powers(i)) for i in range(codes.planes)]
+    return scales * torch.tensor(worth, dtype=torch.float64, device=scales.device)
+
+
+def decode_zeros(codes: ShiftCodes) -> Tensor:
+    """Return the zero points of uniform codes, uint8 [tiles, G]."""
+    if codes.offsets is None:
+        size = (codes.tiles, codes.groups)
+        return torch.full(size, 2 ** (codes.planes - 1), dtype=torch.uint8, device=codes.signs.device)
+    return unpack_bits(codes.offsets, codes.planes, codes.groups)
 
 
 def decode_offsets(codes: ShiftCodes, dtype: torch.dtype = torch.float64) -> Tensor | None:
-    """Return the offsets z, [N, G], exact in float64 and float32, or None when there are none."""
+    """Return the offsets z, [tiles, G], exact in float64 and float32, or None when there are none.
+
+    Uniform codes always have them: scale * ((2**planes - 1) / 2 - zero).
+    """
+    if codes.code == "uniform":
+        middle = (2**codes.planes - 1) / 2
+        z: Tensor = decode_scales(codes)[..., 0] * (middle - decode_zeros(codes).double())
+        return z.to(dtype)
     if codes.offsets is None:
         return None
-    shape = (codes.rows, codes.groups, codes.terms)
+    if codes.terms == 0:
+        return codes.offsets.to(dtype)
+    assert codes.exponents is not None
+    shape = (codes.tiles, codes.groups, codes.terms)
     nibbles = unpack_bits(codes.offsets, 4, shape[1] * shape[2]).reshape(shape)
     first = nibbles[..., 0]
-    value = _decode_values(first & 7, nibbles[..., 1:], codes.exponents[:, 1], OFFSET_OCTAVES)
+    value = decode_values(first & 7, nibbles[..., 1:], codes.exponents[:, 1], OFFSET_OCTAVES)
     return torch.where((first >> 3).bool(), -value, value).to(dtype)
 
 
 def decode_planes(codes: ShiftCodes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the planes B, [planes, N, K], values -1 and +1."""
-    return unpack_bits(codes.signs, 1, codes.in_features).to(dtype) * 2 - 1
+    """Return the digits D, [planes, N, K], values -1 and +1, of trits -1, 0 and +1."""
+    return torch.stack([decode_plane(codes, i) for i in range(codes.planes)]).to(dtype)
+
+
+def decode_plane(codes: ShiftCodes, plane: int) -> Tensor:
+    """Return the digits of one plane, int8 [N, K]."""
+    if codes.meaning.trits:
+        return unpack_trits(codes.signs[plane], codes.in_features)
+    return unpack_bits(codes.signs[plane], 1, codes.in_features).to(torch.int8) * 2 - 1
 
 
 def dequantize(codes: ShiftCodes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weight [N, K] = z + sum_i alpha_i B_i, summed in float64 and rounded once to `dtype`.
+    """Return the weight [N, K] = z + sum_i alpha_i D_i, summed in float64 and rounded once to `dtype`."""
+    if codes.code == "uniform":
+        return _uniform(codes).to(dtype)
+    base = 3 if codes.meaning.trits else 2
+    few = base**codes.planes * codes.groups <= codes.in_features and base**codes.planes <= _MOST_LEVELS
+    return _by_levels(codes, dtype) if few else _by_sums(codes).to(dtype)
 
-    A group has only 2**planes different values, so these are computed and every weight looks its own up.
-    """
-    alpha, z = decode_scales(codes), decode_offsets(codes)
+
+def _uniform(codes: ShiftCodes) -> Tensor:
+    """Return scale * (code - zero) in float64, as `ir.ops.quant.QuantCodes` does."""
+    value = torch.zeros(codes.rows, codes.in_features, dtype=torch.uint8, device=codes.signs.device)
+    for i in range(codes.planes):
+        value |= unpack_bits(codes.signs[i], 1, codes.in_features) << i
+    zeros = _over_weights(codes, decode_zeros(codes).double())
+    return (value.double() - zeros) * _over_weights(codes, decode_scales(codes)[..., 0])
+
+
+def _by_levels(codes: ShiftCodes, dtype: torch.dtype) -> Tensor:
+    """Compute the few different values a group has, and let every weight look its own up."""
+    alpha, z, trits = plane_scales(codes), decode_offsets(codes), codes.meaning.trits
     levels = torch.zeros_like(alpha[..., :1]) if z is None else z[..., None]
     index = torch.zeros(codes.rows, codes.in_features, dtype=torch.uint8, device=codes.signs.device)
     for i in range(codes.planes):
-        step = alpha[..., i : i + 1]
-        levels = torch.cat([levels - step, levels + step], -1)
-        index |= unpack_bits(codes.signs[i], 1, codes.in_features) << i
+        step, digits = alpha[..., i : i + 1], decode_plane(codes, i)
+        index += ((digits + 1) * 3**i if trits else (digits > 0) * 2**i).to(torch.uint8)
+        levels = torch.cat([levels - step, levels, levels + step] if trits else [levels - step, levels + step], -1)
     width = min(codes.group, codes.in_features)
     padded = torch.nn.functional.pad(index, (0, codes.groups * width - codes.in_features))
-    looked_up = levels.to(dtype).gather(2, padded.unflatten(1, (codes.groups, width)).long())
+    spread = expand_rows(levels.to(dtype), codes.row_group, codes.rows)
+    looked_up = spread.gather(2, padded.unflatten(1, (codes.groups, width)).long())
     return looked_up.flatten(1)[:, : codes.in_features].contiguous()
 
 
-def _pack_nibbles(first: Tensor, later: Tensor) -> Tensor:
-    """Pack the nibbles of each value side by side: first [N, M], later [N, M, terms-1] -> uint8 [N, bytes]."""
-    return pack_bits(torch.cat([first[..., None], later], -1).flatten(1), 4)
+def _by_sums(codes: ShiftCodes) -> Tensor:
+    """Return z + sum_i alpha_i D_i, weight by weight in float64, in the order in which `_by_levels` adds."""
+    alpha, z = plane_scales(codes), decode_offsets(codes)
+    total = torch.zeros(codes.rows, codes.in_features, dtype=torch.float64, device=codes.signs.device)
+    if z is not None:
+        total = total + _over_weights(codes, z)
+    for i in range(codes.planes):
+        total += _over_weights(codes, alpha[..., i]) * decode_plane(codes, i)
+    return total
+
+
+def _over_weights(codes: ShiftCodes, values: Tensor) -> Tensor:
+    """Repeat values of tiles and groups [tiles, G] over their weights: [N, K]."""
+    return expand_groups(expand_rows(values, codes.row_group, codes.rows), codes.group, codes.in_features)

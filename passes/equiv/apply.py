@@ -60,7 +60,7 @@ def _scale_linear(editor: Editor, node: fx.Node, rows: Tensor | None, cols: Tens
     editor.param(str(weight.target), _scaled_weight(editor.program.value(weight), rows, cols))
     if rows is not None and bias is not None:
         tensor = editor.program.value(bias)
-        _write(editor, node, bias, (tensor.double() / rows).to(tensor.dtype))
+        write_operand(editor, node, bias, (tensor.double() / rows).to(tensor.dtype))
 
 
 def _scaled_weight(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
@@ -89,13 +89,13 @@ def _scale_norm(editor: Editor, node: fx.Node, s: Tensor) -> None:
     if beta is not None and new_beta is not None:
         operand = bias_of(node)
         assert operand is not None
-        _write(editor, node, operand, new_beta.to(_dtype(operand)))
+        write_operand(editor, node, operand, new_beta.to(_dtype(operand)))
     if bool((new_gain == 1).all()):
         drop_gain(editor, node)
         return
     operand = gain_of(node)
     if operand is not None:
-        _write(editor, node, operand, new_gain.to(_dtype(operand)))
+        write_operand(editor, node, operand, new_gain.to(_dtype(operand)))
         return
     name = editor.fresh(f"{node.meta.get('path') or node.name}.gain")
     _set_gain(editor, node, editor.param(name, new_gain.to(_dtype(node))))
@@ -111,7 +111,7 @@ def _set_gain(editor: Editor, node: fx.Node, gain: fx.Node | None) -> None:
     editor.set_args(node, (*node.args[:2], gain, *node.args[3:]), kwargs)
 
 
-def _write(editor: Editor, reader: fx.Node, operand: fx.Node, tensor: Tensor) -> None:
+def write_operand(editor: Editor, reader: fx.Node, operand: fx.Node, tensor: Tensor) -> None:
     """Give one reader a new value of an operand: in place when it is a parameter of its own, else as a new one."""
     own = operand.op == "get_attr"
     readers = [u for n in editor.program.param_nodes() if own and n.target == operand.target for u in n.users]

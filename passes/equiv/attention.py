@@ -21,12 +21,13 @@ _POINTWISE = frozenset([aten.add, aten.mul, aten.div, aten.tanh, aten.where, ate
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: the node that stands for it, and its three operands."""
+    """One attention: the node that stands for it, its three operands, and the mixed values it gives."""
 
     node: fx.Node
     query: fx.Node
     key: fx.Node
     value: fx.Node
+    mixed: fx.Node
 
 
 def attentions(program: Program) -> Iterator[Attention]:
@@ -34,12 +35,12 @@ def attentions(program: Program) -> Iterator[Attention]:
     for node in program.calls(*FUSED):
         query, key, value = node.args[:3]
         assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
-        yield Attention(node, query, key, value)
+        yield Attention(node, query, key, value, node)
     for softmax in program.calls(*_SOFTMAX):
         scores, mix = _scores_before(softmax), _mix_after(softmax)
         if scores is not None and mix is not None:
             query, key = product_operands(scores)
-            yield Attention(scores, query, key, product_operands(mix)[1])
+            yield Attention(scores, query, key, product_operands(mix)[1], mix)
 
 
 def product_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:

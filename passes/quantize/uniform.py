@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ir.errors import UsageError
+from ir.ops.powerterms import (
+    SCALE_OCTAVES,
+    leading_exponent,
+    power_of_two,
+    round_power_terms,
+    round_power_terms_up,
+)
 
 _F16_TINY, _F16_MAX = 2.0**-24, 65504.0
+# The least power of two in float16, and the greatest.
+_LOWEST, _POWER_MAX = -24, 2.0**15
 
 
 @dataclass(frozen=True)
@@ -32,11 +42,12 @@ class UniformCodes:
         return reconstruct(self)
 
 
-def rtn(weight: Tensor, bits: int, group: int, symmetric: bool = False) -> UniformCodes:
+def rtn(weight: Tensor, bits: int, group: int, symmetric: bool = False, terms: int = 0) -> UniformCodes:
     """Round a weight [N, K] to the nearest of 2**bits levels per row group, against the scale as stored in float16.
 
-    The range of a group always includes 0; symmetric: the zero is 2**(bits-1) and the range is +-max|w|. Raises
-    UsageError for a width outside 2..8, a group below 1 or a weight that is not a finite matrix.
+    The range of a group always includes 0; symmetric: the zero is 2**(bits-1) and the range is +-max|w|; terms: above 0
+    scales are sums of that many powers of two, the nearest or the next above, whichever leaves a group the smaller
+    error. Raises UsageError for a width outside 2..8, a group below 1 or a weight that is not a finite matrix.
     """
     if not 2 <= bits <= 8 or group < 1 or weight.ndim != 2 or not torch.isfinite(weight).all():
         raise UsageError(
@@ -53,13 +64,48 @@ def rtn(weight: Tensor, bits: int, group: int, symmetric: bool = False) -> Unifo
         high = torch.maximum(high, -low)
         low = -high
     span = (high / top - low / top).clamp(_F16_TINY, _F16_MAX)
-    scales = torch.where(high == low, 1.0, span).half()
-    step = scales.float()
-    centre = torch.full_like(step, 2.0 ** (bits - 1))
-    zeros = centre if symmetric else torch.round(-low / step).clamp(0, top)
-    codes = (torch.round(padded / step[..., None]) + zeros[..., None]).clamp(0, top)
+    if not terms:
+        scales = torch.where(high == low, 1.0, span).half()
+        codes, zeros = _assign(padded, low, scales, bits, symmetric)
+    else:
+        choices = power_scales(span, high != low, terms)
+        found = [(*_assign(padded, low, scales, bits, symmetric), scales) for scales in choices]
+        errors = [(padded - (c - z[..., None]) * s.float()[..., None]).square().sum(-1) for c, z, s in found]
+        up = errors[1] < errors[0]
+        codes = torch.where(up[..., None], found[1][0], found[0][0])
+        zeros, scales = (torch.where(up, found[1][i], found[0][i]) for i in (1, 2))
     codes = codes.flatten(1)[:, : w.shape[1]].to(torch.uint8).contiguous()
     return UniformCodes(codes, scales, zeros.to(torch.uint8), bits, group)
+
+
+def _assign(padded: Tensor, low: Tensor, scales: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return the codes [N, G, group] and zero points [N, G] of weights under stored scales, float32 whole numbers."""
+    top, step = 2**bits - 1, scales.float()
+    centre = torch.full_like(step, 2.0 ** (bits - 1))
+    zeros = centre if symmetric else torch.round(-low / step).clamp(0, top)
+    return (torch.round(padded / step[..., None]) + zeros[..., None]).clamp(0, top), zeros
+
+
+def power_scales(span: Tensor, alive: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """Return steps [N, G] rounded to sums of `terms` powers of two, to the nearest and upwards, exact in float16.
+
+    alive: bool [N, G], groups whose range is not empty; the others and steps too far below their row's largest for its
+    window of scale codes are raised to the window's least power.
+    """
+    span = span.double().clamp(_F16_TINY, _POWER_MAX)
+    nearest, up = _exact_half(span, terms, round_power_terms), _exact_half(span, terms, round_power_terms_up)
+    row = torch.where(alive, leading_exponent(up, terms), _LOWEST).amax(1, keepdim=True)
+    floor = power_of_two((row - SCALE_OCTAVES + 1).clamp(min=_LOWEST))
+    return tuple(torch.where(alive, s, 0.0).maximum(floor).half() for s in (nearest, up))  # type: ignore[return-value]
+
+
+def _exact_half(span: Tensor, terms: int, rounding: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return steps rounded to the most terms, up to `terms`, that float16 holds exactly; float64."""
+    result = rounding(span, 1)
+    for count in range(2, terms + 1):
+        finer = rounding(span, count)
+        result = torch.where(finer.half().double() == finer, finer, result)
+    return result
 
 
 def reconstruct(codes: UniformCodes) -> Tensor:

@@ -1,68 +1,34 @@
 """The layer-wise shift-add solver: GPTQ's column loop over all rows at once, with binary coding fitted inside the loop.
 
-Rows are independent, so sites that share their input are solved faster concatenated, and all arithmetic is float64.
+Columns are taken group by group; what happens inside a group, tile by tile, is compiled (`passes.shiftcode.kernels`).
+All arithmetic is float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ir.errors import UsageError
 from ir.ops.shiftcode import ShiftCodes, dequantize, encode, group_count
-from passes.quantize.hessian import PreparedHessian, prepare
-from passes.shiftcode.bcq import (
-    Codebook,
-    Rounding,
-    code_levels,
-    code_planes,
-    codebook,
-    fit_bcq,
-    nearest_place,
-    pattern,
-    row_window,
-    solve_rounded,
-)
+from passes.quantize.hessian import PreparedHessian, inverse_factor, prepare
+from passes.shiftcode.joint import refit_scales
+from passes.shiftcode.spec import ShiftSpec
+from passes.shiftcode.tiles import Tiles, fit_tiles, levels_of, tiles_of
 
-
-@dataclass(frozen=True)
-class ShiftSpec:
-    """Options of the solver.
-
-    bits: sign planes; group: inputs per scale set; terms: powers of two per scale; offset: store one offset a group;
-    rounds, starts: of the binary-coding fit; damp: Hessian damping; polish: refits of a group's scales and codes inside
-    the column loop; sweeps: passes over all groups after it; ordered: take groups and columns by falling Hessian
-    diagonal; block: columns between lazy updates.
-    """
-
-    bits: int = 3
-    group: int = 64
-    terms: int = 2
-    offset: bool = True
-    rounds: int = 10
-    starts: int = 4
-    damp: float = 0.01
-    polish: int = 2
-    sweeps: int = 2
-    ordered: bool = True
-    block: int = 64
-
-    def __post_init__(self) -> None:
-        if not (1 <= self.bits <= 8 and self.group >= 1 and 1 <= self.terms <= 3 and self.block >= 1):
-            raise UsageError(
-                "the solver needs 1 to 8 bits, a positive group and block and 1 to 3 terms",
-                why=f"bits={self.bits} group={self.group} block={self.block} terms={self.terms}",
-            )
+# Rows worked on at once: 2**24 weights are 128 MiB in float64.
+_WEIGHTS_AT_ONCE = 1 << 24
+_LAZY_COLUMNS = 128
 
 
 @dataclass
-class _State:
-    """What the solver believes in: alpha [N, G, q], z [N, G], codes [N, K] in the processing order of the columns."""
+class State:
+    """What the solver believes in: unknowns float64 [T, G, S+1], offset first; codes u8 [N, K], processing order."""
 
-    alpha: Tensor
-    z: Tensor
+    unknowns: Tensor
     codes: Tensor
 
 
@@ -73,6 +39,9 @@ class Span:
     group: int
     start: int
     end: int
+
+
+Given = Callable[[Span, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +58,8 @@ class Metric:
 
 def metric_of(hessian: Tensor, spec: ShiftSpec, *, tokens: int = 0, site: str = "") -> Metric:
     """Order, damp and factor a Gram matrix [K, K] of any positive scale; tokens, site: for messages."""
+    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise UsageError("the Hessian must be square", where=site, why=f"its shape is {list(hessian.shape)}")
     columns, spans = _processing_order(hessian.diagonal(), spec)
     return Metric(columns, spans, prepare(hessian[columns][:, columns], spec.damp, tokens=tokens, site=site))
 
@@ -96,24 +67,32 @@ def metric_of(hessian: Tensor, spec: ShiftSpec, *, tokens: int = 0, site: str = 
 def solve(weight: Tensor, metric: Metric | None, spec: ShiftSpec, *, site: str = "") -> ShiftCodes:
     """Return the codes of a weight [N, K] that make tr(E H E^T) small, E = weight - decoded weight.
 
-    metric: of the layer's inputs, or None for the identity (data-free: every group is fitted alone); site: for
-    messages. GPTQ (Frantar et al. 2023, Alg. 1) with each group's scales fitted when the loop reaches it, on
-    error-compensated weights (ShiftAddLLM section 4.2) weighted by 1/U_jj^2, the curvature a column has left once later
-    ones compensate. Rows are independent: a slice of rows gets the codes it gets in the whole. Raises UsageError for a
-    weight that is not a finite matrix or a metric of another size.
+    metric: of the layer's inputs, or None for the identity (data-free: every tile is fitted alone); site: for messages.
+    GPTQ (Frantar et al. 2023, Alg. 1) with each group's scales fitted when the loop reaches it, on error-compensated
+    weights (ShiftAddLLM section 4.2). Tile rows are independent: a slice of them gets the codes it gets in the whole.
+    Raises UsageError for a weight that is not a finite matrix or a metric of another size.
     """
-    _check(weight, metric, site)
-    w = weight.double()
-    rounding = Rounding(spec.terms, row_window(w, spec.terms))
-    if metric is None:
-        return _solve_free(w, spec, rounding)
-    w = w[:, metric.columns].masked_fill(metric.prepared.dead, 0.0)
-    state = _column_loop(w, metric, spec, rounding)
-    for _ in range(spec.sweeps):
-        _sweep(w, metric, state, spec, rounding)
-    back = torch.argsort(metric.columns)
-    offset = state.z if spec.offset else None
-    return encode(code_planes(state.codes[:, back], spec.bits), state.alpha, offset, spec.group, spec.terms)
+    check(weight, metric, site)
+    spec = spec.clipped(*weight.shape)
+    parts = [_solve_rows(part.double(), metric, spec) for part in weight.split(rows_at_once(weight, spec))]
+    return encoded(joined(parts), spec)
+
+
+def rows_at_once(weight: Tensor, spec: ShiftSpec) -> int:
+    """Return how many rows of a weight are solved at once, whole tiles."""
+    return max(1, _WEIGHTS_AT_ONCE // weight.shape[1] // spec.row_group) * spec.row_group
+
+
+def joined(parts: Sequence[State]) -> State:
+    """Return the states of consecutive rows as one."""
+    return State(torch.cat([p.unknowns for p in parts]), torch.cat([p.codes for p in parts]))
+
+
+def encoded(state: State, spec: ShiftSpec) -> ShiftCodes:
+    """Return the stored form of a state whose codes are in storage order."""
+    offset = state.unknowns[..., 0] if spec.offset else None
+    digits, scales = spec.design().digits(state.codes), state.unknowns[..., 1:]
+    return encode(digits, scales, offset, spec.group, spec.terms, row_group=spec.row_group, code=spec.code)
 
 
 def relative_loss(weight: Tensor, coded: Tensor, hessian: Tensor | None) -> float:
@@ -132,7 +111,8 @@ def loss(weight: Tensor, codes: ShiftCodes, hessian: Tensor | None) -> float:
     return relative_loss(weight, dequantize(codes, torch.float64), hessian)
 
 
-def _check(weight: Tensor, metric: Metric | None, site: str) -> None:
+def check(weight: Tensor, metric: Metric | None, site: str) -> None:
+    """Raise UsageError for a weight that is not a finite matrix, or a metric that is not for it."""
     if weight.ndim != 2 or not torch.isfinite(weight).all():
         raise UsageError("the weight must be a finite matrix", where=site, why=f"its shape is {list(weight.shape)}")
     if metric is not None and metric.columns.shape[0] != weight.shape[1]:
@@ -141,19 +121,54 @@ def _check(weight: Tensor, metric: Metric | None, site: str) -> None:
         )
 
 
-def _solve_free(w: Tensor, spec: ShiftSpec, rounding: Rounding) -> ShiftCodes:
-    """Fit every group alone with equal weights; a ragged tail is padded with columns of weight zero."""
+def _solve_rows(w: Tensor, metric: Metric | None, spec: ShiftSpec) -> State:
+    """Solve rows [N, K] that make whole tiles."""
+    if metric is None:
+        return _solve_free(w, tiles_of(w, spec))
+    w = seen_through(w, metric)
+    tiles = tiles_of(w, spec)
+    return in_storage_order(improved(w, metric, column_loop(w, metric, tiles), tiles), metric)
+
+
+def seen_through(w: Tensor, metric: Metric) -> Tensor:
+    """Return a weight [N, K] with its inputs in processing order, and zeros where an input was always zero."""
+    return w[:, metric.columns].masked_fill(metric.prepared.dead, 0.0)
+
+
+def in_storage_order(state: State, metric: Metric) -> State:
+    """Return a state with its codes in the order of the inputs."""
+    return State(state.unknowns, state.codes[:, torch.argsort(metric.columns)])
+
+
+def improved(w: Tensor, metric: Metric, state: State, tiles: Tiles) -> State:
+    """Return a state after the joint refit and the sweeps that the options ask for; no tile's tr(E H E^T) rises."""
+    unknowns, codes = state.unknowns.clone(), state.codes.clone()
+    if tiles.spec.refit:
+        groups = torch.cat([torch.full((span.end - span.start,), span.group) for span in metric.spans])
+        unknowns = refit_scales(w, metric.prepared.matrix, groups, unknowns, codes, tiles)
+    state = State(unknowns, codes)
+    for _ in range(tiles.spec.sweeps):
+        _sweep(w, metric, state, tiles)
+    return state
+
+
+def empty_state(w: Tensor, tiles: Tiles) -> State:
+    """Return zero scales and codes for a weight [N, K]."""
     rows, inputs = w.shape
-    groups = group_count(inputs, spec.group)
-    width = min(spec.group, inputs)
-    pad = groups * width - inputs
-    flat = torch.nn.functional.pad(w, (0, pad)).reshape(rows * groups, width)
-    mask = torch.nn.functional.pad(torch.ones_like(w), (0, pad)).reshape(rows * groups, width)
-    each = rounding.take(torch.arange(rows, device=w.device).repeat_interleave(groups))
-    fit = fit_bcq(flat, spec.bits, mask, offset=spec.offset, rounding=each, rounds=spec.rounds, starts=spec.starts)
-    planes = code_planes(fit.codes.reshape(rows, -1)[:, :inputs], spec.bits)
-    offset = fit.z.reshape(rows, groups) if spec.offset else None
-    return encode(planes, fit.alpha.reshape(rows, groups, -1), offset, spec.group, spec.terms)
+    groups = group_count(inputs, tiles.spec.group)
+    unknowns = torch.zeros(tiles.limits.shape[0], groups, tiles.scales + 1, dtype=torch.float64)
+    return State(unknowns, torch.zeros(rows, inputs, dtype=torch.uint8))
+
+
+def _solve_free(w: Tensor, tiles: Tiles) -> State:
+    """Fit every tile alone with equal weights."""
+    state, group = empty_state(w, tiles), tiles.spec.group
+    tiles = replace(tiles, spec=replace(tiles.spec, iterations=0, polish=0))
+    for g, part in enumerate(w.split(group, 1)):
+        eye = torch.eye(part.shape[1], dtype=w.dtype)
+        fit = fit_tiles(part, eye, eye, tiles)
+        state.unknowns[:, g], state.codes[:, g * group : g * group + part.shape[1]] = fit.unknowns, fit.codes
+    return state
 
 
 def _processing_order(diagonal: Tensor, spec: ShiftSpec) -> tuple[Tensor, tuple[Span, ...]]:
@@ -176,134 +191,67 @@ def _processing_order(diagonal: Tensor, spec: ShiftSpec) -> tuple[Tensor, tuple[
     return torch.cat([pieces[g] for g in order]), tuple(spans)
 
 
-def _column_loop(w: Tensor, metric: Metric, spec: ShiftSpec, rounding: Rounding) -> _State:
-    """Run GPTQ's loop with the fit inside; w [N, K] and upper [K, K] are in processing order."""
-    upper, rows, groups = metric.prepared.upper, w.shape[0], len(metric.spans)
-    state = _State(
-        w.new_zeros(rows, groups, spec.bits),
-        w.new_zeros(rows, groups),
-        torch.zeros(w.shape, dtype=torch.int64, device=w.device),
-    )
+def _lazy_blocks(spans: tuple[Span, ...]) -> list[list[Span]]:
+    """Return the spans in blocks of some columns, between which errors are pushed in one product."""
+    blocks: list[list[Span]] = [[]]
+    for span in spans:
+        if blocks[-1] and blocks[-1][-1].end - blocks[-1][0].start >= _LAZY_COLUMNS:
+            blocks.append([])
+        blocks[-1].append(span)
+    return blocks
+
+
+def column_loop(w: Tensor, metric: Metric, tiles: Tiles, given: Given | None = None) -> State:
+    """Run GPTQ's loop with the fit inside; w [N, K] and the factors are in processing order.
+
+    given: makes, from a group's index and its compensated targets, the unknowns and codes its fit starts from.
+    """
+    upper, state = metric.prepared.upper, empty_state(w, tiles)
     w = w.clone()
-    for span in metric.spans:
-        s, e = span.start, span.end
-        local = upper[s:e, s:e]
-        fit = fit_bcq(
-            w[:, s:e],
-            spec.bits,
-            1.0 / local.diagonal().square(),
-            offset=spec.offset,
-            rounding=rounding,
-            rounds=spec.rounds,
-            starts=spec.starts,
-        )
-        codes, scaled = _code_columns(w[:, s:e], local, codebook(fit.alpha, fit.z), spec.block)
-        alpha, z = fit.alpha, fit.z
-        if spec.polish:
-            factor = torch.linalg.solve_triangular(local, torch.eye(e - s, dtype=w.dtype, device=w.device), upper=True)
-            h = factor @ factor.T
-            alpha, z, codes = polish_group(w[:, s:e], h, alpha, z, codes, rounding, spec.offset, spec.polish)
-            error = w[:, s:e] - code_levels(alpha, z).gather(1, codes)
-            scaled = error @ factor
-        state.alpha[:, span.group], state.z[:, span.group], state.codes[:, s:e] = alpha, z, codes
-        w[:, e:] -= scaled @ upper[s:e, e:]
+    for block in _lazy_blocks(metric.spans):
+        start, end = block[0].start, block[-1].end
+        errors = torch.empty(w.shape[0], end - start, dtype=w.dtype)
+        for span in block:
+            s, e = span.start, span.end
+            local = upper[s:e, s:e].contiguous()
+            factor = torch.linalg.solve_triangular(local, torch.eye(e - s, dtype=w.dtype), upper=True)
+            start_from = None if given is None else given(span, w[:, s:e])
+            fit = fit_tiles(w[:, s:e], local, factor, tiles, start_from)
+            state.unknowns[:, span.group], state.codes[:, s:e] = fit.unknowns, fit.codes
+            errors[:, s - start : e - start] = fit.error
+            w[:, e:end] -= fit.error @ upper[s:e, e:end]
+        w[:, end:] -= errors @ upper[start:end, end:]
     return state
 
 
-def _code_columns(w: Tensor, upper: Tensor, book: Codebook, block: int) -> tuple[Tensor, Tensor]:
-    """Code the columns of one group in turn, pushing its error into the later ones; returns codes, errors / U_jj."""
-    # Transposed, so that the column at hand is contiguous.
-    w = w.T.contiguous()
-    middles, levels = book.middles.T.contiguous(), book.levels.T.contiguous()
-    places = torch.empty(w.shape, dtype=torch.int64, device=w.device)
-    scaled = torch.empty_like(w)
-    pivots = upper.diagonal().tolist()
-    for start in range(0, w.shape[0], block):
-        end = min(start + block, w.shape[0])
-        for j in range(start, end):
-            nearest_place(middles, w[j], out=places[j])
-            torch.sub(w[j], levels.gather(0, places[j, None])[0], out=scaled[j]).div_(pivots[j])
-            w[j + 1 : end].addcmul_(upper[j, j + 1 : end, None], scaled[j, None], value=-1.0)
-        w[end:] -= upper[start:end, end:].T @ scaled[start:end]
-    return book.order.gather(1, places.T), scaled.T
-
-
-def quadratic(error: Tensor, h: Tensor) -> Tensor:
-    """Return e h e^T of every row, [N]."""
-    return ((error @ h) * error).sum(1)
-
-
-def polish_group(
-    w: Tensor, h: Tensor, alpha: Tensor, z: Tensor, codes: Tensor, rounding: Rounding, offset: bool, rounds: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Alternate a joint scale refit and one coordinate sweep over the codes under the group's full Hessian; keep best.
-
-    w: [N, n] targets; h: [n, n], for a group inside the loop the Schur complement in which later columns are free;
-    alpha [N, q], z [N], codes [N, n]. The refit is the least-squares solution in the Hessian's metric with codes fixed,
-    the sweep minimises one code at a time.
-    """
-    best = [alpha.clone(), z.clone(), codes.clone()]
-    lowest = quadratic(w - code_levels(alpha, z).gather(1, codes), h)
-    for _ in range(rounds):
-        z, alpha = solve_rounded(*_full_normal(w, h, codes, alpha.shape[1]), rounding, offset)
-        codes, alpha = _positive(codes, alpha)
-        codes = _descend(w, h, alpha, z, codes)
-        value = quadratic(w - code_levels(alpha, z).gather(1, codes), h)
-        better = value < lowest
-        lowest = torch.where(better, value, lowest)
-        for kept, new in zip(best, (alpha, z, codes), strict=True):
-            kept[better] = new[better]
-        if not bool(better.any()):
-            break
-    return best[0], best[1], best[2]
-
-
-def _positive(codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn negative scales positive by flipping their plane in the row's codes; the weights stay the same."""
-    flips = ((alpha < 0).long() << torch.arange(alpha.shape[1], device=alpha.device)).sum(1, keepdim=True)
-    return codes ^ flips, alpha.abs()
-
-
-def _full_normal(w: Tensor, h: Tensor, codes: Tensor, planes: int) -> tuple[Tensor, Tensor]:
-    """Return Z h Z^T [N, q+1, q+1] and Z h w [N, q+1] of every row, Z the row's ones and signs [q+1, n]."""
-    design = pattern(planes, str(w.device))[codes].transpose(1, 2)
-    weighted = design @ h
-    return weighted @ design.transpose(1, 2), (weighted @ w[:, :, None])[:, :, 0]
-
-
-def _descend(w: Tensor, h: Tensor, alpha: Tensor, z: Tensor, codes: Tensor) -> Tensor:
-    """Set each column's code in turn to the minimiser of the row's quadratic, the others fixed; returns the codes."""
-    # Columns are visited one by one, so everything is kept transposed to make them contiguous.
-    book = codebook(alpha, z)
-    middles, levels = book.middles.T.contiguous(), book.levels.T.contiguous()
-    q = code_levels(alpha, z).gather(1, codes).T.contiguous()
-    gradient = h @ (q - w.T)
-    places = torch.empty_like(q, dtype=torch.int64)
-    # Views are cut beforehand: at a thousand rows an indexing costs as much as the arithmetic.
-    tails = [(gradient[j + 1 :], h[j + 1 :, j, None]) for j in range(q.shape[0])]
-    curvature = h.diagonal().tolist()
-    for level, slope, place, curve, (later, column) in zip(q, gradient, places, curvature, tails, strict=True):
-        nearest_place(middles, torch.sub(level, slope, alpha=1 / curve), out=place)
-        step = levels.gather(0, place[None]).sub_(level)
-        later.addcmul_(column, step)
-    return book.order.gather(1, places.T)
-
-
-def _sweep(w: Tensor, metric: Metric, state: _State, spec: ShiftSpec, rounding: Rounding) -> None:
-    """Polish every group once with all others fixed, in place; each row's tr(E H E^T) never rises."""
-    h, q = metric.prepared.matrix, w.new_zeros(w.shape)
+def values_of(state: State, metric: Metric, tiles: Tiles) -> Tensor:
+    """Return the weights [N, K] that a state stands for, in processing order."""
+    q = torch.empty(state.codes.shape, dtype=torch.float64)
     for span in metric.spans:
-        levels = code_levels(state.alpha[:, span.group], state.z[:, span.group])
-        q[:, span.start : span.end] = levels.gather(1, state.codes[:, span.start : span.end])
+        codes = state.codes[:, span.start : span.end]
+        q[:, span.start : span.end] = levels_of(state.unknowns[:, span.group], codes, tiles)
+    return q
+
+
+def tile_losses(error: Tensor, metric: Metric, tiles: Tiles) -> Tensor:
+    """Return e H e^T summed over the rows of each tile, [T], for errors [N, K] in processing order."""
+    rows = ((error @ metric.prepared.matrix) * error).sum(1)
+    return torch.stack([part.sum() for part in rows.split(tiles.spec.row_group)])
+
+
+def _sweep(w: Tensor, metric: Metric, state: State, tiles: Tiles) -> None:
+    """Improve every group once with all others fixed, in place; tr(E H E^T) of a tile never rises."""
+    h, q = metric.prepared.matrix, values_of(state, metric, tiles)
     gradient = (q - w) @ h
+    one = replace(tiles, spec=replace(tiles.spec, iterations=0, polish=1))
     for span in metric.spans:
         s, e, g = span.start, span.end, span.group
-        local = h[s:e, s:e]
-        factor = torch.linalg.cholesky(local)
-        target = q[:, s:e] - torch.cholesky_solve(gradient[:, s:e].T.contiguous(), factor).T
-        alpha, z, codes = polish_group(
-            target, local, state.alpha[:, g], state.z[:, g], state.codes[:, s:e], rounding, spec.offset, 1
-        )
-        fresh = code_levels(alpha, z).gather(1, codes)
+        local = h[s:e, s:e].contiguous()
+        upper = inverse_factor(local)
+        assert upper is not None, "a diagonal block of a positive definite matrix"
+        factor = torch.linalg.solve_triangular(upper, torch.eye(e - s, dtype=w.dtype), upper=True)
+        target = q[:, s:e] - torch.cholesky_solve(gradient[:, s:e].T.contiguous(), torch.linalg.cholesky(local)).T
+        fit = fit_tiles(target, upper, factor, one, (state.unknowns[:, g], state.codes[:, s:e]))
+        fresh = levels_of(fit.unknowns, fit.codes, tiles)
         gradient[:, e:] += (fresh - q[:, s:e]) @ h[s:e, e:]
-        state.alpha[:, g], state.z[:, g], state.codes[:, s:e] = alpha, z, codes
+        state.unknowns[:, g], state.codes[:, s:e] = fit.unknowns, fit.codes

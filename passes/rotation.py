@@ -1,0 +1,212 @@
+"""Rotating what linears read (and give): weights in a random basis, and the operators that turn activations into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from ir.analysis import LinearSite, sibling_sites, site_name
+from ir.edit import Editor
+from ir.ops.hadamard import block_order, hadamard_cost
+from ir.ops.packing import pack_bits
+from ir.program import Program, tensor_type_of
+from passes.equiv.apply import write_operand
+from passes.equiv.heads import ValueHeads, value_heads
+from passes.equiv.turns import Turn, peak, random_signs, turned_bias, turned_weight
+from passes.sites import weights_of
+
+nomul = torch.ops.nomul
+Side = Literal["inputs", "both"]
+
+# Key of `Program.attributes`: names of linears whose inputs are in a random basis already.
+ROTATED = "rotated"
+
+
+@dataclass(frozen=True, eq=False)
+class OnlineTurn:
+    """An operator to be put into the program: before sites that read one value, or after one site (transposed)."""
+
+    sites: tuple[LinearSite, ...]
+    width: int
+    order: int
+    signs: Tensor
+    transposed: bool
+
+    @property
+    def adds(self) -> int:
+        """Additions it takes a token."""
+        return hadamard_cost(self.width, self.order, tokens=1).adds
+
+
+@dataclass(frozen=True, eq=False)
+class RotationPlan:
+    """What is to be turned: each linear's weight, by which operators at run time, and (site, reason) of what is not."""
+
+    turns: dict[LinearSite, list[Turn]] = field(default_factory=dict)
+    online: list[OnlineTurn] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    def order(self, site: LinearSite) -> int:
+        """Return the order of the rotation of a site's inputs, 1 where only its outputs turn."""
+        return max((t.order for t in self.turns[site] if t.axis == "cols"), default=1)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A linear in a new basis: the order of its inputs' rotation, and max |w| / rms(w) before and after."""
+
+    site: str
+    order: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What was done: linears, (operator's node, additions a token) at run time, and (site, reason) left alone."""
+
+    sites: tuple[Rotated, ...]
+    online: tuple[tuple[str, int], ...]
+    left: tuple[tuple[str, str], ...]
+
+
+def rotate_sites(
+    program: Program, sites: Sequence[LinearSite], seed: int, by: str, online: bool = True, side: Side = "inputs"
+) -> Rotation:
+    """Put the weights of sites into random bases, exactly: W x = (W D H^T / n) (H D x); return what was done.
+
+    The rotation H D of order n is `nomul::hadamard` on the input of all sites that read it together, or, for the values
+    of attention heads, part of the weights that make them, so that nothing is left at run time. Computed in float64,
+    rounded once to the weights' dtype. online: whether operators may be inserted; side: `both` turns outputs as well
+    and turns them back by an operator. The signs D follow from the seed and the place alone, not from the other sites.
+    A site that was rotated before is left. Raises UnsupportedError for a weight that is not finite.
+    """
+    plan = plan_rotation(program, sites, seed, online, side)
+    editor = Editor(program, by)
+    turned = [site for site in sites if site in plan.turns]
+    done = tuple(_write_site(editor, site, plan.turns[site], plan.order(site)) for site in turned)
+    inserted = tuple((_insert(editor, turn).name, turn.adds) for turn in plan.online)
+    if turned:
+        names = {site.node.name for site in turned}
+        program.attributes[ROTATED] = sorted({*program.attributes.get(ROTATED, []), *names})
+        program.version += 1
+    return Rotation(done, inserted, tuple(plan.left))
+
+
+def plan_rotation(
+    program: Program, sites: Sequence[LinearSite], seed: int, online: bool = True, side: Side = "inputs"
+) -> RotationPlan:
+    """Return what `rotate_sites` would do, changing nothing."""
+    plan = RotationPlan()
+    before = set(program.attributes.get(ROTATED, []))
+    plan.left.extend((s.name, "its inputs are rotated already") for s in sites if s.node.name in before)
+    own = {s.node: s for s in sites if s.node.name not in before}
+    heads, blocked = value_heads(program, own)
+    for found in heads:
+        _turn_values(plan, found, own, seed)
+    read = [s for s in own.values() if not _covered(plan, s, "cols", s.inputs)]
+    if not online:
+        plan.left.extend(blocked)
+        plan.left.extend((s.name, "only an operator at run time could turn its inputs") for s in read)
+        return plan
+    for group in sibling_sites(read):
+        _turn_inputs(plan, group, seed)
+    if side == "both":
+        for site in own.values():
+            _turn_outputs(plan, site, seed)
+    return plan
+
+
+def _turn_values(plan: RotationPlan, found: ValueHeads, own: dict[fx.Node, LinearSite], seed: int) -> None:
+    """Turn the values of each head where they are made and back where they are read, orthonormal on both sides."""
+    order = block_order(found.width)
+    if order == 1:
+        return
+    place = f"{site_name(found.sinks[0].node)}/values"
+    signs = random_signs(seed, place, found.count * found.width).view(found.count, found.width)
+    for axis, slots in (("rows", found.sources), ("cols", found.sinks)):
+        for slot in slots:
+            turn = Turn(axis, slot.channels.flatten(), signs[slot.heads].flatten(), order, order**-0.5)  # type: ignore[arg-type]
+            plan.turns.setdefault(own[slot.node], []).append(turn)
+
+
+def _turn_inputs(plan: RotationPlan, group: Sequence[LinearSite], seed: int) -> None:
+    """Turn what sites read, all channels together, or leave them where no order fits."""
+    width, order = group[0].inputs, block_order(group[0].inputs)
+    if order == 1:
+        plan.left.extend((s.name, f"{width} channels have no Hadamard matrix, not even of blocks") for s in group)
+        return
+    source = group[0].node.args[0]
+    assert isinstance(source, fx.Node)
+    signs = random_signs(seed, f"{source.name}/inputs", width)
+    plan.online.append(OnlineTurn(tuple(group), width, order, signs, transposed=False))
+    for site in group:
+        plan.turns.setdefault(site, []).append(Turn("cols", torch.arange(width), signs, order, 1 / order))
+
+
+def _turn_outputs(plan: RotationPlan, site: LinearSite, seed: int) -> None:
+    """Turn what a site gives, unless its rows make values that are turned anyway."""
+    order = block_order(site.rows)
+    if _covered(plan, site, "rows", site.rows):
+        return
+    if order == 1:
+        plan.left.append((site.name, f"{site.rows} outputs have no Hadamard matrix, not even of blocks"))
+        return
+    if site.bias is not None and site.bias.op != "get_attr":
+        plan.left.append((site.name, "its bias is computed, so its outputs are not turned"))
+        return
+    signs = random_signs(seed, f"{site.node.name}/outputs", site.rows)
+    plan.online.append(OnlineTurn((site,), site.rows, order, signs, transposed=True))
+    plan.turns.setdefault(site, []).append(Turn("rows", torch.arange(site.rows), signs, order, 1 / order))
+
+
+def _covered(plan: RotationPlan, site: LinearSite, axis: str, count: int) -> bool:
+    """Return whether turns planned so far take in all rows or columns of a site."""
+    mine = [t.channels for t in plan.turns.get(site, []) if t.axis == axis]
+    return bool(mine) and torch.cat(mine).unique().numel() == count
+
+
+def _write_site(editor: Editor, site: LinearSite, turns: Sequence[Turn], order: int) -> Rotated:
+    """Write weight and bias of a site in their new bases, each rounded once."""
+    program = editor.program
+    wide = weights_of(program, [site], editor.by)
+    turned = turned_weight(wide, turns)
+    editor.param(site.weight, turned.to(program.params.type_of(site.weight).dtype))
+    if site.bias is not None and any(t.axis == "rows" for t in turns):
+        bias = program.value(site.bias)
+        write_operand(editor, site.node, site.bias, turned_bias(bias.double(), turns).to(bias.dtype))
+    return Rotated(site.name, order, peak(wide), peak(turned))
+
+
+def _insert(editor: Editor, turn: OnlineTurn) -> fx.Node:
+    """Put one operator into the program, and have what it serves read it; return its node."""
+    first = min(site.node for site in turn.sites)
+    stem = turn.sites[0].weight.rpartition(".")[0] or turn.sites[0].weight.replace(".", "_")
+    signs = editor.param(
+        editor.fresh(f"{stem}.{'output' if turn.transposed else 'input'}_signs"), pack_bits(turn.signs, 1)
+    )
+    if turn.transposed:
+        return _turn_back(editor, first, signs, turn.order)
+    source = first.args[0]
+    assert isinstance(source, fx.Node)
+    kind = tensor_type_of(source)
+    new = editor.before(first).call(
+        nomul.hadamard, source, signs, turn.order, type=kind, name=f"{source.name}_hadamard"
+    )
+    for site in turn.sites:
+        editor.set_args(site.node, (new, *site.node.args[1:]))
+    return new
+
+
+def _turn_back(editor: Editor, node: fx.Node, signs: fx.Node, order: int) -> fx.Node:
+    """Insert the inverse of a linear's turned outputs behind it."""
+    new = editor.before(node.next).call(
+        nomul.hadamard, node, signs, order, True, like=node, name=f"{node.name}_hadamard"
+    )
+    editor.replace(node, new)
+    editor.set_args(new, (node, *new.args[1:]))
+    return new
