@@ -198,6 +198,10 @@ class ShiftAdd(Pass):
         outside_blocks(program, nodes, self.skip, ctx)
         if self._rotated:
             rotate_sites(program, sites, ctx.seed, self.name)
+        # The first solution on a machine compiles the solver, which takes half a minute that should have a name.
+        step = ctx.log.progress(1, "prepare the solver")
+        solve(torch.eye(2), None, ShiftSpec(group=2))
+        step()
         if self.calib == "none":
             self._run_free(program, ctx)
             return

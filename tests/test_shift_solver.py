@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -677,11 +676,11 @@ def test_more_trits_than_a_byte_holds_are_refused() -> None:
 def test_bytes_do_not_depend_on_the_run_or_on_the_threads(row_group: int) -> None:
     w, h, _ = problem(16, 40)
     spec = ShiftSpec(group=16, row_group=row_group, refit=True)
-    found, threads = [solve(w, h, spec), solve(w, h, spec)], numba.get_num_threads()
-    numba.set_num_threads(1)
+    found, threads = [solve(w, h, spec), solve(w, h, spec)], torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         found.append(solve(w, h, spec))
     finally:
-        numba.set_num_threads(threads)
+        torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(t, other.tensors()[name]) for name, t in found[0].tensors().items())

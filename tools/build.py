@@ -44,10 +44,11 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Ran:
-    """What the passes reported, and the cost of the program before the first and after each."""
+    """What the passes reported and noted, and the cost of the program before the first and after each."""
 
     reports: tuple[PassReport, ...]
     costs: tuple[CostStep, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _run(
     )
     for report in reports:
         clock.phases[report.text] = clock.phases.get(report.text, 0.0) + report.seconds
-    return _Ran(reports, tuple(costs))
+    return _Ran(reports, tuple(costs), tuple(f"{n.by}: {n.text}" for n in log.notes))
 
 
 def _judge(before: Program, after: Program, data: TokenData | None, options: BuildOptions) -> Quality | None:
@@ -250,7 +251,7 @@ def _finish(
         _write_manifest(partial, options, planned, model, hashes, quality, settings)
         report = Report(
             options.model, str(planned.pipeline), str(options.out), clock.phases, peak.bytes, ran.reports, totals,
-            quality, settings, (*planned.notes, *notes), ran.costs, options.energy,
+            quality, settings, (*planned.notes, *ran.notes, *notes), ran.costs, options.energy,
         )  # fmt: skip
         write_report(report, partial)
         os.replace(partial, options.out)

@@ -105,18 +105,20 @@ def _show_plan(options: BuildOptions, as_json: bool) -> int:
 
 @contextmanager
 def _listener() -> Iterator[Callable[[Event], None]]:
-    """Give a listener that shows each pass's progress, one bar or line at a time.
+    """Give a listener that shows each pass's progress, one bar or line at a time, and its notes.
 
     The bar is taken down when the run ends in an error too: it hides the cursor while it is up.
     """
-    from passes.base import Progress
-    from tools.console import progress
+    from passes.base import Note, Progress
+    from tools.console import note, progress
 
     with ExitStack() as bars:
         step: Callable[[str], None] | None = None
 
         def listen(event: Event) -> None:
             nonlocal step
+            if isinstance(event, Note):
+                note(f"{event.by}: {event.text}")
             if not isinstance(event, Progress):
                 return
             if event.done == 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 from passes.shiftcode import kernels
 from passes.shiftcode.design import Design, design_of
 from passes.shiftcode.rounding import Ints, Rounding
+from passes.shiftcode.threads import over_tiles
 
 _NO_LIMITS = np.array([-1000, 1000, -1000, 1000])
 
@@ -61,6 +62,7 @@ def fit_bcq(
     how = kernels.How(
         design.matrix, design.starts, *rounding, 0 if offset else 1, rounds, 0, 0, True, design.sortable, 0
     )
-    kernels.fit_rows(w.numpy(), weight.numpy(), limits, how, unknowns, codes, losses)
+    task = (w.numpy(), weight.numpy(), limits, how, unknowns, codes, losses)
+    over_tiles(rows, lambda start, stop: kernels.fit_rows(start, stop, *task))
     found = torch.from_numpy(unknowns)
     return BcqFit(found[:, 0], found[:, 1:], torch.from_numpy(codes), torch.from_numpy(losses), design)

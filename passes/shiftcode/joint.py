@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from passes.shiftcode.kernels import FAST, How, add_scaled, dot, solve_rounded
+from passes.shiftcode.kernels import INNER, How, add_scaled, dot, solve_rounded
 from passes.shiftcode.rounding import Codes, Floats, Ints
+from passes.shiftcode.threads import over_tiles
 from passes.shiftcode.tiles import Tiles
 
 
@@ -19,20 +20,13 @@ def refit_scales(w: Tensor, metric: Tensor, groups: Tensor, unknowns: Tensor, co
     (Z H Z^T) u = Z H w, summed over the rows. Unknowns are rounded in order, later ones making up for it.
     """
     found = unknowns.clone()
-    _refit_tiles(
-        w.contiguous().numpy(),
-        tiles.spec.row_group,
-        metric.contiguous().numpy(),
-        groups.numpy(),
-        codes.contiguous().numpy(),
-        tiles.limits,
-        tiles.how(),
-        found.numpy(),
-    )
+    arrays = (w.contiguous().numpy(), tiles.spec.row_group, metric.contiguous().numpy(), groups.numpy())
+    rest = (codes.contiguous().numpy(), tiles.limits, tiles.how(), found.numpy())
+    over_tiles(found.shape[0], lambda start, stop: _refit_tiles(start, stop, *arrays, *rest))
     return found
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _normal(w: Floats, metric: Floats, groups: Ints, codes: Codes, how: How, normal: Floats, right: Floats) -> None:
     """Add one row's Z H Z^T [m, m] and Z H w [m], m = groups * (S+1)."""
     size, inputs = how.design.shape[1] + 1, len(w)
@@ -52,7 +46,7 @@ def _normal(w: Floats, metric: Floats, groups: Ints, codes: Codes, how: How, nor
                 normal[a, base + s] += line[k] * d
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _objective(normal: Floats, right: Floats, u: Floats) -> float:
     total = 0.0
     for a in range(len(u)):
@@ -60,11 +54,20 @@ def _objective(normal: Floats, right: Floats, u: Floats) -> float:
     return total
 
 
-@njit(cache=True, parallel=True, fastmath=FAST)
+@njit(nogil=True, **INNER)
 def _refit_tiles(
-    w: Floats, tile_rows: int, metric: Floats, groups: Ints, codes: Codes, limits: Ints, how: How, unknowns: Floats
+    start: int,
+    stop: int,
+    w: Floats,
+    tile_rows: int,
+    metric: Floats,
+    groups: Ints,
+    codes: Codes,
+    limits: Ints,
+    how: How,
+    unknowns: Floats,
 ) -> None:
-    for t in prange(unknowns.shape[0]):
+    for t in range(start, stop):
         flat = unknowns[t].copy().reshape(-1)
         normal, right = np.zeros((len(flat), len(flat))), np.zeros(len(flat))
         for r in range(t * tile_rows, min((t + 1) * tile_rows, w.shape[0])):

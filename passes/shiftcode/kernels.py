@@ -1,8 +1,7 @@
 """The solver's compiled inner loops: everything that happens to one tile, the weights that share a set of scales.
 
 A tile is R rows by n columns. A code selects a level z + design[code] @ alpha; the unknowns of a tile are z and then
-alpha. Tiles are independent, so they run in parallel and the result does not depend on the number of threads. All
-arithmetic is float64.
+alpha. Tiles are independent, so their order does not matter. All arithmetic is float64.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from passes.shiftcode.rounding import Codes, Floats, Ints, round_value
 
 _RIDGE = 1e-10
 _HUGE = 1e300
-FAST = {"reassoc", "contract", "arcp", "nsz"}
+INNER = {"cache": True, "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 
 
 class How(NamedTuple):
@@ -55,14 +54,14 @@ class Frame(NamedTuple):
     importance: Floats
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def add_scaled(into: Floats, scale: float, line: Floats) -> None:
     """Add scale * line to a vector. Loops from 0 to a length are the ones that get vectorised."""
     for k in range(len(line)):
         into[k] += scale * line[k]
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def dot(a: Floats, b: Floats) -> float:
     """Return the inner product of two vectors."""
     total = 0.0
@@ -71,7 +70,23 @@ def dot(a: Floats, b: Floats) -> float:
     return total
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
+def _fill(into: Floats, value: float) -> None:
+    for k in range(len(into)):
+        into[k] = value
+
+
+@njit(**INNER)
+def _copy(into: Floats, source: Floats) -> bool:
+    """Copy a vector; return whether anything changed."""
+    changed = False
+    for k in range(len(into)):
+        changed |= into[k] != source[k]
+        into[k] = source[k]
+    return changed
+
+
+@njit(**INNER)
 def solve_rounded(normal: Floats, right: Floats, unknowns: Floats, limits: Ints, how: How) -> None:
     """Solve normal @ unknowns = right, rounding each unknown before the ones after it are solved; ruins its inputs.
 
@@ -84,7 +99,9 @@ def solve_rounded(normal: Floats, right: Floats, unknowns: Floats, limits: Ints,
     largest = 0.0
     for i in range(size):
         if i % period < how.first:
-            normal[i, :], normal[:, i], right[i] = 0.0, 0.0, 0.0
+            right[i] = 0.0
+            for j in range(size):
+                normal[i, j], normal[j, i] = 0.0, 0.0
         largest = max(largest, normal[i, i])
     for i in range(size):
         normal[i, i] += _RIDGE * largest + 1e-300
@@ -107,13 +124,13 @@ def solve_rounded(normal: Floats, right: Floats, unknowns: Floats, limits: Ints,
             unknowns[t] = _rounded(unknowns[t], t % period, limits, how)
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _rounded(x: float, unknown: int, limits: Ints, how: How) -> float:
     at = 0 if unknown == 0 else 2
     return round_value(x, how.values, how.middles, how.leads, limits[at], limits[at + 1])
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def level_of(code: int, unknowns: Floats, how: How) -> float:
     """Return the value of a code."""
     value = unknowns[0]
@@ -122,7 +139,7 @@ def level_of(code: int, unknowns: Floats, how: How) -> float:
     return value
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def set_levels(unknowns: Floats, how: How, levels: Floats, order: Ints, middles: Floats) -> None:
     """Write the levels of every code in ascending order, the code of each, and the middles between them."""
     for code in range(how.design.shape[0]):
@@ -135,7 +152,7 @@ def set_levels(unknowns: Floats, how: How, levels: Floats, order: Ints, middles:
         middles[i] = (levels[i] + levels[i + 1]) / 2.0
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def nearest(middles: Floats, x: float) -> int:
     """Return the place of the sorted level nearest to x; ties go to the lower one."""
     if len(middles) > 15:
@@ -153,7 +170,7 @@ def nearest(middles: Floats, x: float) -> int:
     return place
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _choose(
     x: float, middles: Floats, levels: Floats, order: Ints, prefix: int, unknowns: Floats, how: How
 ) -> tuple[int, float]:
@@ -169,7 +186,7 @@ def _choose(
     return best, best_level
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _cells(
     values: Floats, mass: Floats, moment: Floats, middles: Floats, order: Ints, cell_mass: Floats, cell_moment: Floats
 ) -> None:
@@ -190,12 +207,13 @@ def _cells(
         start = stop
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def cell_normal(cell_mass: Floats, cell_moment: Floats, design: Floats, normal: Floats, right: Floats) -> None:
     """Write the normal equations [S+1, S+1], [S+1] of weights that sit in their cells."""
     size = design.shape[1] + 1
-    normal[:] = 0.0
-    right[:] = 0.0
+    for i in range(size):
+        _fill(normal[i], 0.0)
+    _fill(right, 0.0)
     for code in range(design.shape[0]):
         m, b = cell_mass[code], cell_moment[code]
         normal[0, 0] += m
@@ -211,7 +229,7 @@ def cell_normal(cell_mass: Floats, cell_moment: Floats, design: Floats, normal: 
             normal[i, j] = normal[j, i]
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _cell_loss(square: float, cell_mass: Floats, cell_moment: Floats, levels: Floats, order: Ints) -> float:
     total = square
     for place in range(len(levels)):
@@ -220,10 +238,12 @@ def _cell_loss(square: float, cell_mass: Floats, cell_moment: Floats, levels: Fl
     return total
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _greedy(values: Floats, weight: Floats, total: float, unknowns: Floats) -> None:
     """Write the scales of residual greedy coding, each the mean of |residual|."""
-    residual = values - unknowns[0]
+    residual = np.empty(len(values))
+    for i in range(len(values)):
+        residual[i] = values[i] - unknowns[0]
     for s in range(1, len(unknowns)):
         step = 0.0
         for i in range(len(residual)):
@@ -234,7 +254,7 @@ def _greedy(values: Floats, weight: Floats, total: float, unknowns: Floats) -> N
         unknowns[s] = step
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _descending(unknowns: Floats) -> None:
     """Make the scales positive and sort them, largest first, which permutes the codes of the levels only."""
     for i in range(1, len(unknowns)):
@@ -245,7 +265,7 @@ def _descending(unknowns: Floats) -> None:
         unknowns[place] = x
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _start(
     start: int,
     v: Floats,
@@ -268,7 +288,7 @@ def _start(
         unknowns[s] = _rounded(unknowns[s], s, limits, how)
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def fit_values(values: Floats, weight: Floats, limits: Ints, how: How, best: Floats) -> float:
     """Fit scales and an offset to weighted values [m] by alternating least squares and nearest levels; keep the best.
 
@@ -298,17 +318,16 @@ def fit_values(values: Floats, weight: Floats, limits: Ints, how: How, best: Flo
     lowest = _HUGE
     for start in range(how.starts.shape[0]):
         _start(start, v, m, total, centre, spread, unknowns, limits, how)
-        seen[:] = -1.0
+        _fill(seen, -1.0)
         for turn in range(how.rounds + 1):
             set_levels(unknowns, how, levels, order, middles)
             _cells(v, mass, moment, middles, order, cell_mass, cell_moment)
             loss = _cell_loss(square, cell_mass, cell_moment, levels, order)
             if loss < lowest:
                 lowest = loss
-                best[:] = unknowns
-            if turn == how.rounds or np.all(seen == cell_mass):
+                _copy(best, unknowns)
+            if turn == how.rounds or not _copy(seen, cell_mass):
                 break
-            seen[:] = cell_mass
             cell_normal(cell_mass, cell_moment, how.design, normal, right)
             solve_rounded(normal, right, unknowns, limits, how)
             if how.sortable:
@@ -316,7 +335,7 @@ def fit_values(values: Floats, weight: Floats, limits: Ints, how: How, best: Flo
     return lowest
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _walk(
     w: Floats,
     frame: Frame,
@@ -330,7 +349,8 @@ def _walk(
     error: Floats,
 ) -> float:
     """Code the columns of one row in turn, pushing each error into the later ones; return the sum of error**2."""
-    rest = w.copy()
+    rest = np.empty(len(w))
+    _copy(rest, w)
     loss = 0.0
     for j in range(len(w)):
         code, level = _choose(rest[j], middles, levels, order, prefix[j], unknowns, how)
@@ -343,27 +363,28 @@ def _walk(
     return loss
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _through(row: Floats, factor: Floats, out: Floats) -> None:
     """Write row @ factor, factor upper triangular."""
-    out[:] = 0.0
+    _fill(out, 0.0)
     for j in range(len(row)):
         add_scaled(out[j:], row[j], factor[j, j:])
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _designs_through(codes: Codes, frame: Frame, design: Floats, out: Floats) -> None:
     """Write the row's ones and design columns times the factor, [S+1, n]."""
     n = len(codes)
-    out[0] = frame.factor_sum
-    out[1:] = 0.0
+    _copy(out[0], frame.factor_sum)
+    for s in range(design.shape[1]):
+        _fill(out[s + 1], 0.0)
     for j in range(n):
         line = frame.factor[j, j:]
         for s in range(design.shape[1]):
             add_scaled(out[s + 1, j:], design[codes[j], s], line)
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _descend(
     w: Floats,
     frame: Frame,
@@ -389,7 +410,7 @@ def _descend(
             add_scaled(slope[j + 1 :], level - old, line[j + 1 :])
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _errors(w: Floats, codes: Codes, frame: Frame, unknowns: Floats, how: How, out: Floats) -> float:
     """Write (w - levels) @ factor of one row; return its sum of squares."""
     difference = np.empty(len(w))
@@ -399,7 +420,7 @@ def _errors(w: Floats, codes: Codes, frame: Frame, unknowns: Floats, how: How, o
     return dot(out, out)
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
 def _refit(
     through: Floats,
     codes: Codes,
@@ -429,14 +450,42 @@ def _refit(
     solve_rounded(normal, right, unknowns, limits, how)
     loss = 0.0
     for r in range(rows):
-        error[r] = through[r]
+        _copy(error[r], through[r])
         for i in range(size):
             add_scaled(error[r], -unknowns[i], designs[r, i])
         loss += dot(error[r], error[r])
     return loss
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(**INNER)
+def copy_codes(into: Codes, source: Codes) -> None:
+    """Copy codes [R, n]. A loop compiles in a fraction of the time that an assignment to a slice takes."""
+    for r in range(into.shape[0]):
+        for k in range(into.shape[1]):
+            into[r, k] = source[r, k]
+
+
+@njit(**INNER)
+def _keep(unknowns: Floats, codes: Codes, error: Floats, now: Floats, now_codes: Codes, now_error: Floats) -> None:
+    """Copy one state over another."""
+    for i in range(len(unknowns)):
+        unknowns[i] = now[i]
+    copy_codes(codes, now_codes)
+    for r in range(error.shape[0]):
+        for k in range(error.shape[1]):
+            error[r, k] = now_error[r, k]
+
+
+@njit(**INNER)
+def _same(a: Codes, b: Codes) -> bool:
+    for r in range(a.shape[0]):
+        for k in range(a.shape[1]):
+            if a[r, k] != b[r, k]:
+                return False
+    return True
+
+
+@njit(**INNER)
 def solve_tile(
     w: Floats,
     frame: Frame,
@@ -473,7 +522,9 @@ def solve_tile(
             best += _walk(w[r], frame, middles, levels, order, prefix[r], unknowns, how, codes[r], error[r])
     if how.iterations + how.polish == 0:
         return best
-    now, now_codes, now_error = unknowns.copy(), codes.copy(), np.empty((rows, n))
+    now, now_codes, now_error = np.empty(size), np.empty((rows, n), np.uint8), np.empty((rows, n))
+    _keep(now, now_codes, now_error, unknowns, codes, error)
+    last = np.empty((rows, n), np.uint8)
     through, designs = np.empty((rows, n)), np.empty((rows, size, n))
     for r in range(rows):
         _through(w[r], frame.factor, through[r])
@@ -481,23 +532,22 @@ def solve_tile(
         loss = _refit(through, now_codes, frame, limits, how, now, designs, now_error)
         if loss < best:
             best = loss
-            unknowns[:], codes[:], error[:] = now, now_codes, now_error
+            _keep(unknowns, codes, error, now, now_codes, now_error)
         set_levels(now, how, levels, order, middles)
-        last = now_codes.copy()
+        copy_codes(last, now_codes)
         loss = 0.0
         for r in range(rows):
             loss += _walk(w[r], frame, middles, levels, order, prefix[r], now, how, now_codes[r], now_error[r])
         if loss < best:
             best = loss
-            unknowns[:], codes[:], error[:] = now, now_codes, now_error
-        if np.all(last == now_codes):
+            _keep(unknowns, codes, error, now, now_codes, now_error)
+        if _same(last, now_codes):
             break
     for _ in range(how.polish):
-        now_codes[:] = codes
+        copy_codes(now_codes, codes)
         loss = _refit(through, now_codes, frame, limits, how, now, designs, now_error)
         if loss >= best:
-            now[:] = unknowns
-            now_error[:] = error
+            _keep(now, now_codes, now_error, unknowns, codes, error)
         set_levels(now, how, levels, order, middles)
         loss = 0.0
         for r in range(rows):
@@ -506,12 +556,14 @@ def solve_tile(
         if loss >= best * (1.0 - 1e-12):
             break
         best = loss
-        unknowns[:], codes[:], error[:] = now, now_codes, now_error
+        _keep(unknowns, codes, error, now, now_codes, now_error)
     return best
 
 
-@njit(cache=True, parallel=True, fastmath=FAST)
+@njit(nogil=True, **INNER)
 def solve_tiles(
+    start: int,
+    stop: int,
     w: Floats,
     tile_rows: int,
     frame: Frame,
@@ -523,19 +575,29 @@ def solve_tiles(
     codes: Codes,
     error: Floats,
 ) -> None:
-    """Fit the tiles of one column group, see `solve_tile`; w [N, n], limits [T, 4], unknowns [T, S+1] for T tiles."""
-    for t in prange(unknowns.shape[0]):
+    """Fit some tiles of a column group, see `solve_tile`; w [N, n], limits [T, 4], unknowns [T, S+1] of all T tiles."""
+    for t in range(start, stop):
         a, b = t * tile_rows, min((t + 1) * tile_rows, w.shape[0])
         solve_tile(w[a:b], frame, prefix[a:b], limits[t], how, given, unknowns[t], codes[a:b], error[a:b])
 
 
-@njit(cache=True, parallel=True, fastmath=FAST)
-def fit_rows(w: Floats, weight: Floats, limits: Ints, how: How, unknowns: Floats, codes: Codes, losses: Floats) -> None:
-    """Fit every row [R, n] by itself with importance [R, n], see `fit_values`; writes unknowns, codes and losses."""
-    for r in prange(w.shape[0]):
+@njit(nogil=True, **INNER)
+def fit_rows(
+    start: int,
+    stop: int,
+    w: Floats,
+    weight: Floats,
+    limits: Ints,
+    how: How,
+    unknowns: Floats,
+    codes: Codes,
+    losses: Floats,
+) -> None:
+    """Fit some rows of [R, n] with importance [R, n], see `fit_values`; writes unknowns, codes and losses."""
+    count = how.design.shape[0]
+    levels, order, middles = np.empty(count), np.empty(count, np.int64), np.empty(count - 1)
+    for r in range(start, stop):
         losses[r] = fit_values(w[r], weight[r], limits[r], how, unknowns[r])
-        count = how.design.shape[0]
-        levels, order, middles = np.empty(count), np.empty(count, np.int64), np.empty(count - 1)
         set_levels(unknowns[r], how, levels, order, middles)
         for k in range(w.shape[1]):
             codes[r, k] = order[nearest(middles, w[r, k])]

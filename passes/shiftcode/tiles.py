@@ -14,6 +14,7 @@ from passes.shiftcode import kernels
 from passes.shiftcode.design import Design
 from passes.shiftcode.rounding import Ints, Rounding, limits_of, rounding_table
 from passes.shiftcode.spec import ShiftSpec
+from passes.shiftcode.threads import over_tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +81,9 @@ def fit_tiles(
     unknowns = np.zeros((count, tiles.scales + 1)) if given is None else given[0].numpy().copy()
     codes = np.zeros((rows, n), np.uint8) if given is None else given[1].numpy().copy()
     error = np.empty((rows, n))
-    kernels.solve_tiles(
-        _array(w),
-        spec.row_group,
-        _frame(upper, factor, spec),
-        codes & np.uint8((1 << tiles.frozen) - 1),
-        tiles.limits,
-        tiles.how(),
-        given is not None,
-        unknowns,
-        codes,
-        error,
-    )
+    prefix, frame = codes & np.uint8((1 << tiles.frozen) - 1), _frame(upper, factor, spec)
+    task = (_array(w), spec.row_group, frame, prefix, tiles.limits, tiles.how(), given is not None)
+    over_tiles(count, lambda start, stop: kernels.solve_tiles(start, stop, *task, unknowns, codes, error))
     return Fit(torch.from_numpy(unknowns), torch.from_numpy(codes), torch.from_numpy(error))
 
 
