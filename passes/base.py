@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ir.analysis import LinearSite
+    from ir.execute import Precision
     from ir.program import Program
     from passes.quantize.hessian import Gram
 
@@ -143,9 +144,6 @@ class Log:
 
         self.listener(Progress(label, done, total, self.by))
         return step
-
-
-Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ class ShiftAdd(Pass):
             "help": "who shares scales: row: inputs of a row; lat: 8 inputs of group/8 rows; acc: rows of an input"
         },
     )
-    basis: Literal["auto", "plain", "rotated"] = field(
-        default="auto", metadata={"help": "rotated: rotate inputs first, by an operator of adds; auto: for mode=acc"}
+    basis: Literal["rotated", "plain"] = field(
+        default="rotated", metadata={"help": "rotated: inputs turned by Hadamard matrices first, at run time by adds"}
     )
     code: Literal["planes", "trits", "trits31"] = field(
         default="planes", metadata={"help": "digits -1, +1; trits: -1, 0, +1; trits31: two trits with scales 3:1"}
@@ -76,7 +76,7 @@ class ShiftAdd(Pass):
             "help": "float: come close to the float model's outputs on the compressed inputs; own: to the weight's"
         },
     )
-    share: float = field(default=1.0, metadata={"help": "how much of that correction is taken, 0 to 1"})
+    share: float = field(default=0.25, metadata={"help": "how much of that correction is taken, 0 to 1"})
     weighted: bool = field(
         default=True, metadata={"help": "weigh a group's inputs by their curvature in the first fit"}
     )
@@ -155,7 +155,7 @@ class ShiftAdd(Pass):
         if self.bpw:
             return self._within_budget(sites).plan(program)
         rows = []
-        if self._rotated:
+        if self.basis == "rotated":
             turns = plan_rotation(program, sites, 0).online
             rows = [PlanRow(t.sites[0].name, "insert nomul.hadamard", {"adds": float(t.adds)}) for t in turns]
         return rows + [PlanRow(s.name, self.name, self._predicted(s, self._width(program, s))) for s in sites]
@@ -170,10 +170,6 @@ class ShiftAdd(Pass):
         found = choose(self.bpw, self.spec(sites[0], self.bits), [s.inputs for s in sites], stored)
         group = 0 if found.group >= max(s.inputs for s in sites) else found.group
         return replace(self, bpw=0.0, bits=found.bits, group=group, terms=found.terms, offset=found.offset)
-
-    @property
-    def _rotated(self) -> bool:
-        return self.basis == "rotated" or (self.basis == "auto" and self.mode == "acc")
 
     def _check_group(self, sites: Sequence[LinearSite]) -> None:
         if self.mode == "row" and self.group:
@@ -196,7 +192,7 @@ class ShiftAdd(Pass):
             chosen.run(program, ctx)
             return
         outside_blocks(program, nodes, self.skip, ctx)
-        if self._rotated:
+        if self.basis == "rotated":
             rotate_sites(program, sites, ctx.seed, self.name)
         # The first solution on a machine compiles the solver, which takes half a minute that should have a name.
         step = ctx.log.progress(1, "prepare the solver")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,10 +11,10 @@ from torch import Tensor, fx, nn
 
 from ir.analysis import Block, Layout, between, layout, token_carriers
 from ir.errors import UnsupportedError, UsageError
-from ir.execute import empty_inputs
+from ir.execute import Precision, empty_inputs, products_in
 from ir.program import Program, release
 from ir.region import Region, region
-from passes.base import Context, Precision
+from passes.base import Context
 
 Callback = Callable[[Tensor], None]
 PairCallback = Callable[[Tensor, Tensor], None]
@@ -168,7 +167,7 @@ def _outside(flow: _Flow) -> set[fx.Node]:
 def _run(flow: _Flow, block: Block, wanted: Mapping[fx.Node, Callback]) -> None:
     """Run the block up to the wanted values, batch by batch; the entry itself may be wanted too."""
     for values in _values(flow, block, list(wanted)):
-        with _products_in(flow.precision):
+        with products_in(flow.precision):
             for call, value in zip(wanted.values(), values, strict=True):
                 call(value)
 
@@ -182,7 +181,7 @@ def _values(flow: _Flow, block: Block, wanted: Sequence[fx.Node]) -> Iterator[li
     for batch in range(len(flow.entry)):
         found = {block.entry: flow.entry[batch]}
         if module is not None:
-            with _products_in(flow.precision):
+            with products_in(flow.precision):
                 found.update(zip(inner, _call(module, part, flow.values(batch, block)), strict=True))
         yield [found[n] for n in wanted]
     if module is not None:
@@ -194,18 +193,7 @@ def _advance(flow: _Flow, block: Block) -> None:
     nodes = between(flow.program, block.entry, block.exit, _outside(flow))
     part = region(flow.program, nodes, [block.exit])
     module = part.module(decode=True)
-    with _products_in(flow.precision):
+    with products_in(flow.precision):
         for batch in range(len(flow.entry)):
             flow.entry[batch] = _call(module, part, flow.values(batch, block))[0]
     release(module)
-
-
-@contextmanager
-def _products_in(precision: Precision) -> Iterator[None]:
-    """Take float32 matrix products in `precision` while the block runs, callbacks included."""
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    kept, setting.fp32_precision = setting.fp32_precision, "bf16" if precision == "bfloat16" else "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = kept

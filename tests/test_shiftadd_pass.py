@@ -78,8 +78,8 @@ def test_the_codes_that_are_stored_are_what_runs(plain: tuple[Program, Log], tin
         assert weight.shape == originals[name].shape and not torch.equal(weight, originals[name].double())
 
 
-def test_reported_figures_are_those_of_the_stored_codes(plain: tuple[Program, Log], tiny_model: Program) -> None:
-    program, log = plain
+def test_reported_figures_are_those_of_the_stored_codes(tiny_model: Program) -> None:
+    program, log = compress(tiny_model, basis="plain", target="own")
     figures = {r.site: r.figures for r in log.reports}
     originals = {s.name: s for s in linear_sites(tiny_model, tiny_model.graph.nodes)[0]}
     for name, node in coded(program).items():

@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--against", metavar="MODEL", help="the model to compare with, such as the original")
     p.add_argument("--mode", metavar="MODE", help="run compressed linears by multiply (default), shift or codes")
     p.add_argument("--planes", type=int, metavar="N", help="planes that nested linears use (default: as stored)")
+    p.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of the matrix products")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(argv)
+    from ir.execute import products_in
     from tools.load import load
     from tools.text import load_text
 
@@ -58,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     if teacher is not None:
         check_same_vocabulary(student, teacher)
     start = time.perf_counter()
-    tally = measure(student, windows, options.batch, teacher)
+    with products_in(options.precision):
+        tally = measure(student, windows, options.batch, teacher)
     report = _report(options, student, windows, tally, time.perf_counter() - start)
     if options.json:
         console.print_json(report)
@@ -113,6 +116,7 @@ def _report(
         "ctx": ctx,
         "windows": count,
         "from": "end" if options.last else "start",
+        "precision": options.precision,
         "tokens": windows.numel(),
         "predictions": count * (ctx - 1),
         "perplexity": tally.perplexity,

@@ -12,7 +12,7 @@ from ir.errors import UsageError
 from passes.shiftcode.solver import solve
 from passes.shiftcode.spec import ShiftSpec
 
-_ROWS, _INPUTS = 256, 1536
+_ROWS, _INPUTS = 64, 1536
 _SMALLEST_GROUP = 16
 
 
