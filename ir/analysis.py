@@ -101,7 +101,8 @@ def layout(program: Program) -> Layout:
     """Split a program into prologue, repeated blocks and epilogue.
 
     Between neighbouring cut points lies a segment; segments with equal Weisfeiler-Lehman hashes over operator labels
-    are alike, and the longest run of a repeating sequence of segments gives the blocks. No names are used.
+    are alike, and the longest run of a repeating sequence of segments gives the blocks. No names are used. Whether a
+    linear is coded and its input rotated makes no difference, so that blocks compressed differently stay blocks.
     """
     cuts = cut_points(program)
     segments = _segments(program, cuts)
@@ -149,11 +150,13 @@ def _signature(program: Program, nodes: list[fx.Node]) -> str:
 
     inside, view = set(nodes), nx.DiGraph()
     for node in nodes:
+        if _is_rotation(node):
+            continue
         view.add_node(node.name, op=_label(node))
-        for source in node.all_input_nodes:
+        for source in map(_before_rotation, node.all_input_nodes):
             if source in inside:
                 view.add_edge(source.name, node.name)
-            elif source.op == "get_attr":
+            elif source.op == "get_attr" and not _is_linear(node):
                 view.add_node(f"{node.name}<{source.name}", op=str(source.meta["type"]))
                 view.add_edge(f"{node.name}<{source.name}", node.name)
     if not len(view):
@@ -165,7 +168,26 @@ def _signature(program: Program, nodes: list[fx.Node]) -> str:
 
 
 def _label(node: fx.Node) -> str:
+    """Return what makes nodes of two blocks alike: a linear is one however its weight is stored."""
+    if _is_linear(node):
+        return f"linear {_width(node)}"
     return str(node.target) if node.op == "call_function" else node.op
+
+
+def _is_linear(node: fx.Node) -> bool:
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return name == "aten::linear" or (name.startswith("nomul::") and name.endswith("_linear"))
+
+
+def _is_rotation(node: fx.Node) -> bool:
+    return getattr(getattr(node.target, "_schema", None), "name", "") == "nomul::hadamard"
+
+
+def _before_rotation(node: fx.Node) -> fx.Node:
+    """Return what a rotation of activations reads: blocks stay alike when only some of them are rotated."""
+    while _is_rotation(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _repetition(labels: list[str]) -> tuple[int, int, int]:

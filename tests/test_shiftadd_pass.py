@@ -96,6 +96,12 @@ def test_reported_figures_are_those_of_the_stored_codes(tiny_model: Program) -> 
     assert figures[name]["sqnr_db"] == pytest.approx(-20 * torch.log10(torch.tensor(found)).item(), abs=1e-3)
 
 
+def test_blocks_stay_blocks_when_only_one_of_them_is_compressed(tiny_model: Program) -> None:
+    program, _ = compress(tiny_model, skip=("model.layers.1.*",))
+    assert sorted(coded(program)) == sorted(SITES[:7])
+    assert len(blocks(program)) == len(blocks(tiny_model)) == 2
+
+
 def test_siblings_solved_together_are_solved_as_if_alone(plain: tuple[Program, Log], tiny_model: Program) -> None:
     for name in (SITES[0], SITES[1], SITES[4]):
         others = tuple(s for s in SITES if s != name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +92,7 @@ def _show_plan(options: BuildOptions, as_json: bool) -> int:
     if as_json:
         print_json({"passes": str(planned.pipeline), **found.as_json(), "remark": remark})
         return 0
-    rows = [(r.site, r.action, r.figures.get("bits"), size_text(int(r.figures.get("bytes", 0)))) for r in found.rows]
+    rows = [(r.site, r.action, r.figures.get("bits"), _planned_size(r.figures)) for r in found.rows]
     if rows:
         print(table(("site", "pass", "bits", "size"), rows))
     print(f"passes    {planned.pipeline}")
@@ -101,6 +101,10 @@ def _show_plan(options: BuildOptions, as_json: bool) -> int:
     print(f"disk      {size_text(found.free_disk)} free")
     print(f"estimate  {remark}")
     return 0
+
+
+def _planned_size(figures: Mapping[str, float]) -> str:
+    return size_text(int(figures["bytes"])) if "bytes" in figures else ""
 
 
 @contextmanager
