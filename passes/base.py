@@ -9,7 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ir.errors import UsageError
+from ir.errors import InvariantError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +243,7 @@ class Pass(ABC):
 
     def stored_bytes(self, site: LinearSite, bits: int) -> int:
         """Return the bytes of a site's codes at one of the pass's `widths`, scales, offsets and padding included."""
-        raise NotImplementedError(f"{self.name} codes nothing at a width")
+        raise InvariantError(f"pass {self.name} codes nothing at a width", fix="try only passes with `widths`")
 
     def trial(
         self, weight: torch.Tensor, gram: Gram | None, choices: Sequence[int], site: LinearSite, ctx: Context
@@ -253,7 +253,7 @@ class Pass(ABC):
         weight: float64 [N, K]; gram: of the site's inputs, or None to measure the error of the weights alone. The codes
         are those of the pass's other options, but may be fitted in fewer rounds.
         """
-        raise NotImplementedError(f"{self.name} codes nothing at a width")
+        raise InvariantError(f"pass {self.name} codes nothing at a width", fix="try only passes with `widths`")
 
     @abstractmethod
     def run(self, program: Program, ctx: Context) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ir.errors import UsageError
 from ir.ops.powerterms import round_power_terms
-from passes.shiftcode import kernels
+from passes.shiftcode import value_fit
 from passes.shiftcode.bcq import BcqFit, fit_bcq
 from passes.shiftcode.design import design_of
+from passes.shiftcode.levels import How, solve_rounded
 from passes.shiftcode.rounding import limits_of, round_value, rounding_table
 
 F64 = torch.float64
@@ -39,12 +40,10 @@ def levels(fit: BcqFit) -> Tensor:
     return fit.z[:, None] + fit.alpha @ digits.T
 
 
-def how(code: str, bits: int, offset: bool, terms: int = -1, feedback: bool = True) -> kernels.How:
+def how(code: str, bits: int, offset: bool, terms: int = -1, feedback: bool = True) -> How:
     design = design_of(code, bits, 1)
     first = 0 if offset else 1
-    return kernels.How(
-        design.matrix, design.starts, *rounding_table(terms), first, 0, 0, 0, feedback, design.sortable, 0
-    )
+    return How(design.matrix, design.starts, *rounding_table(terms), first, 0, 0, 0, feedback, design.sortable, 0)
 
 
 @settings(max_examples=40)
@@ -84,10 +83,10 @@ def test_scales_of_fixed_cells_are_weighted_least_squares(code: str, bits: int, 
     for x, m, c in zip(w.numpy(), weight.numpy(), codes.numpy(), strict=True):
         mass, moment = (np.bincount(c, v, count) for v in (m, m * x))
         normal, right, found = np.empty((size, size)), np.empty(size), np.empty(size)
-        kernels.cell_normal(mass, moment, options.design, normal, right)
+        value_fit.cell_normal(mass, moment, options.design, normal, right)
         design = np.column_stack([np.ones(len(x)), options.design[c]])
         np.testing.assert_allclose(normal, design.T @ (m[:, None] * design), rtol=1e-12, atol=1e-6 * m.min())
-        kernels.solve_rounded(normal, right, found, ANYWHERE, options)
+        solve_rounded(normal, right, found, ANYWHERE, options)
         root = np.sqrt(m)[:, None]
         expected = np.linalg.lstsq(design[:, start:] * root, x * root[:, 0], rcond=None)[0]
         np.testing.assert_allclose(found[start:], expected, rtol=1e-7, atol=1e-9 * abs(x).max())
@@ -105,7 +104,7 @@ def test_rounding_with_feedback_beats_rounding_the_solution(offset: bool) -> Non
         design = np.column_stack([np.full(32, float(offset)), options[0].design[c]])
         fed, plain, exact = np.empty((3, 4))
         for option, unknowns in zip(options, (fed, plain, exact), strict=True):
-            kernels.solve_rounded(design.T @ design, design.T @ x, unknowns, ANYWHERE, option)
+            solve_rounded(design.T @ design, design.T @ x, unknowns, ANYWHERE, option)
         rounded = round_power_terms(torch.from_numpy(exact), 1).numpy()
         np.testing.assert_array_equal(plain, rounded)
         assert fed[first] == rounded[first]
@@ -138,8 +137,8 @@ def test_each_unrounded_step_lowers_the_loss_or_has_converged() -> None:
         assert now <= before * (1 + 1e-9)
         mass, moment = (np.bincount(codes, v, 8) for v in (weight, weight * w))
         normal, right = np.empty((4, 4)), np.empty(4)
-        kernels.cell_normal(mass, moment, options.design, normal, right)
-        kernels.solve_rounded(normal, right, unknowns, ANYWHERE, options)
+        value_fit.cell_normal(mass, moment, options.design, normal, right)
+        solve_rounded(normal, right, unknowns, ANYWHERE, options)
         fixed = float((weight * (w - unknowns[0] - options.design[codes] @ unknowns[1:]) ** 2).sum())
         assert fixed <= now * (1 + 1e-9)
         before = fixed

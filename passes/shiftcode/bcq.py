@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from passes.shiftcode import kernels
 from passes.shiftcode.design import Design, design_of
+from passes.shiftcode.levels import How
 from passes.shiftcode.rounding import Ints, Rounding
 from passes.shiftcode.threads import over_tiles
+from passes.shiftcode.value_fit import fit_rows
 
 _NO_LIMITS = np.array([-1000, 1000, -1000, 1000])
 
@@ -59,10 +60,8 @@ def fit_bcq(
     limits = np.broadcast_to(_NO_LIMITS, (rows, 4)).copy() if limits is None else limits
     unknowns = np.empty((rows, design.matrix.shape[1] + 1))
     codes, losses = np.empty(w.shape, np.uint8), np.empty(rows)
-    how = kernels.How(
-        design.matrix, design.starts, *rounding, 0 if offset else 1, rounds, 0, 0, True, design.sortable, 0
-    )
+    how = How(design.matrix, design.starts, *rounding, 0 if offset else 1, rounds, 0, 0, True, design.sortable, 0)
     task = (w.numpy(), weight.numpy(), limits, how, unknowns, codes, losses)
-    over_tiles(rows, lambda start, stop: kernels.fit_rows(start, stop, *task))
+    over_tiles(rows, lambda start, stop: fit_rows(start, stop, *task))
     found = torch.from_numpy(unknowns)
     return BcqFit(found[:, 0], found[:, 1:], torch.from_numpy(codes), torch.from_numpy(losses), design)

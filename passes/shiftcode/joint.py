@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
-from passes.shiftcode.kernels import INNER, How, add_scaled, dot, solve_rounded
+from passes.shiftcode.compiled import compiled
+from passes.shiftcode.levels import How, add_scaled, dot, solve_rounded
 from passes.shiftcode.rounding import Codes, Floats, Ints
 from passes.shiftcode.threads import over_tiles
 from passes.shiftcode.tiles import Tiles
@@ -26,7 +26,7 @@ def refit_scales(w: Tensor, metric: Tensor, groups: Tensor, unknowns: Tensor, co
     return found
 
 
-@njit(**INNER)
+@compiled
 def _normal(w: Floats, metric: Floats, groups: Ints, codes: Codes, how: How, normal: Floats, right: Floats) -> None:
     """Add one row's Z H Z^T [m, m] and Z H w [m], m = groups * (S+1)."""
     size, inputs = how.design.shape[1] + 1, len(w)
@@ -46,7 +46,7 @@ def _normal(w: Floats, metric: Floats, groups: Ints, codes: Codes, how: How, nor
                 normal[a, base + s] += line[k] * d
 
 
-@njit(**INNER)
+@compiled
 def _objective(normal: Floats, right: Floats, u: Floats) -> float:
     total = 0.0
     for a in range(len(u)):
@@ -54,7 +54,7 @@ def _objective(normal: Floats, right: Floats, u: Floats) -> float:
     return total
 
 
-@njit(nogil=True, **INNER)
+@compiled
 def _refit_tiles(
     start: int,
     stop: int,

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ir.ops.powerterms import HIGHEST, LOWEST, OFFSET_OCTAVES, SCALE_OCTAVES, leading_exponent, power_table
+from passes.shiftcode.compiled import compiled
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -19,7 +19,20 @@ Codes = NDArray[np.uint8]
 Rounding = tuple[Floats, Floats, Ints]
 
 
-@njit(cache=True)
+@compiled
+def first_not_below(borders: Floats, x: float) -> int:
+    """Return the place of the first of ascending borders that is not below x, their number when all are."""
+    first, last = 0, len(borders)
+    while first < last:
+        centre = (first + last) >> 1
+        if borders[centre] < x:
+            first = centre + 1
+        else:
+            last = centre
+    return first
+
+
+@compiled
 def round_value(x: float, values: Floats, middles: Floats, leads: Ints, low: int, high: int) -> float:
     """Return x rounded to the nearest short sum of powers of two that leads at an exponent in [low, high].
 
@@ -33,13 +46,7 @@ def round_value(x: float, values: Floats, middles: Floats, leads: Ints, low: int
         quantum = math.ldexp(1.0, max(exponent, -13) - 11)
         return math.copysign(np.rint(abs(x) / quantum) * quantum, x)
     mantissa, exponent = mantissa * 2.0, exponent - 1
-    first, last = 0, len(middles)
-    while first < last:
-        centre = (first + last) >> 1
-        if middles[centre] < mantissa:
-            first = centre + 1
-        else:
-            last = centre
+    first = first_not_below(middles, mantissa)
     lead = exponent + leads[first]
     if lead > high:
         top = 1.0

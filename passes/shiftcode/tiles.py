@@ -12,6 +12,7 @@ from torch import Tensor
 
 from passes.shiftcode import kernels
 from passes.shiftcode.design import Design
+from passes.shiftcode.levels import How
 from passes.shiftcode.rounding import Ints, Rounding, limits_of, rounding_table
 from passes.shiftcode.spec import ShiftSpec
 from passes.shiftcode.threads import over_tiles
@@ -35,10 +36,10 @@ class Tiles:
         """Scales a set, without the offset."""
         return int(self.design.matrix.shape[1])
 
-    def how(self) -> kernels.How:
+    def how(self) -> How:
         """Return the same in the form compiled code takes."""
         spec, design = self.spec, self.design
-        return kernels.How(
+        return How(
             design.matrix,
             design.starts,
             *self.rounding,
