@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +13,6 @@ from ir.region import region
 from ir.types import ScalarType, TensorType
 
 aten = torch.ops.aten
-Precision = Literal["float32", "bfloat16"]
 
 
 def empty_inputs(program: Program, ids: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -120,14 +117,3 @@ def with_positions_in(program: Program, dtype: torch.dtype) -> Program:
         if is_call(node, aten.to) and torch.float32 in node.args:
             node.args = tuple(dtype if a is torch.float32 else a for a in node.args)
     return clone
-
-
-@contextmanager
-def products_in(precision: Precision) -> Iterator[None]:
-    """Take float32 matrix products in `precision` meanwhile: bfloat16 rounds their inputs and adds in float32."""
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    kept, setting.fp32_precision = setting.fp32_precision, "bf16" if precision == "bfloat16" else "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = kept

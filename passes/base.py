@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ir.analysis import LinearSite
-    from ir.execute import Precision
+    from ir.products import Precision
     from ir.program import Program
     from passes.quantize.hessian import Gram
 

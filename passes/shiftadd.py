@@ -167,7 +167,8 @@ class ShiftAdd(Pass):
         def stored(spec: ShiftSpec) -> float:
             return 8 * sum(_bytes(spec, s, (spec.bits,)) for s in sites) / weights
 
-        found = choose(self.bpw, self.spec(sites[0], self.bits), [s.inputs for s in sites], stored)
+        rotated = self.basis == "rotated"
+        found = choose(self.bpw, self.spec(sites[0], self.bits), [s.inputs for s in sites], stored, rotated)
         group = 0 if found.group >= max(s.inputs for s in sites) else found.group
         return replace(self, bpw=0.0, bits=found.bits, group=group, terms=found.terms, offset=found.offset)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from ir.analysis import Block, Layout, between, layout, token_carriers
 from ir.errors import UnsupportedError, UsageError
-from ir.execute import Precision, empty_inputs, products_in
+from ir.execute import empty_inputs
+from ir.products import Precision, products_in
 from ir.program import Program, release
 from ir.region import Region, region
 from passes.base import Context
@@ -25,7 +26,8 @@ class _Flow:
     """One stream of activations through a program, with matrix products in `precision`.
 
     entry: the value entering the current block, per batch; carried: the token ids and other token-dependent values of
-    the prologue that blocks read, per batch; ambient: values that depend on shapes only, per batch shape.
+    the prologue that blocks read, per batch; ambient: values that depend on shapes only, per batch shape; ready: the
+    block's exit, per batch, where observing a block that will not change has computed it already.
     """
 
     program: Program
@@ -35,6 +37,7 @@ class _Flow:
     ambient: dict[torch.Size, dict[str, Tensor]]
     shapes: list[torch.Size]
     precision: Precision
+    ready: list[Tensor] = field(default_factory=list)
 
     def values(self, batch: int, block: Block) -> Mapping[str, Tensor]:
         known = {**self.ambient[self.shapes[batch]], **self.carried[batch]}
@@ -70,16 +73,21 @@ class Step:
     def observe_pairs(self, wanted: Mapping[fx.Node, PairCallback]) -> None:
         """Hand every batch's value of each wanted node, on the compressed and on the float stream, to its callback.
 
-        The float value is that of the node of the same name in the original block. One batch is in memory at a time.
+        The float value is that of the node of the same name in the original block. One batch is in memory at a time,
+        and the float stream keeps what it needs to move on without running the block again.
         """
         if self._compressed is None or self._float is None or self._float_block is None:
             raise ValueError("this walk does not carry both streams")
         nodes = {node.name: node for node in (*self._float_block.nodes, self._float_block.entry)}
         ours = _values(self._compressed, self.block, list(wanted))
-        theirs = _values(self._float, self._float_block, [nodes[n.name] for n in wanted])
-        for compressed, original in zip(ours, theirs, strict=True):
-            for call, a, b in zip(wanted.values(), compressed, original, strict=True):
-                call(a, b)
+        theirs = _values(self._float, self._float_block, [*(nodes[n.name] for n in wanted), self._float_block.exit])
+        ready = []
+        for compressed, (*original, after) in zip(ours, theirs, strict=True):
+            ready.append(after)
+            with products_in(self._float.precision):
+                for call, a, b in zip(wanted.values(), compressed, original, strict=True):
+                    call(a, b)
+        self._float.ready = ready
 
 
 def walk(program: Program, ctx: Context, stream: Literal["float", "compressed", "both"], label: str) -> Iterator[Step]:
@@ -189,7 +197,10 @@ def _values(flow: _Flow, block: Block, wanted: Sequence[fx.Node]) -> Iterator[li
 
 
 def _advance(flow: _Flow, block: Block) -> None:
-    """Replace each batch's entry by the block's exit, computed with the block as it is now."""
+    """Replace each batch's entry by the block's exit, computed with the block as it is now unless it is ready."""
+    if flow.ready:
+        flow.entry, flow.ready = flow.ready, []
+        return
     nodes = between(flow.program, block.entry, block.exit, _outside(flow))
     part = region(flow.program, nodes, [block.exit])
     module = part.module(decode=True)

@@ -137,7 +137,7 @@ def test_a_weight_turned_by_it_undoes_the_rotation() -> None:
 
 
 def test_rows_do_not_depend_on_how_many_are_turned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, signs = torch.randn(11, 2, 64, dtype=F64), pack_bits(signs_of(64), 1)
+    x, signs = whole(11, 2, 64), pack_bits(signs_of(64), 1)
     together = nomul.hadamard(x, signs, 64)
     monkeypatch.setattr("ir.ops.hadamard._AT_ONCE", 100)
     assert torch.equal(nomul.hadamard(x, signs, 64), together)

@@ -128,7 +128,7 @@ def test_pairs_are_the_same_tokens_of_both_streams(tiny_model: Program) -> None:
         coarse(program, step)
 
 
-def test_a_pair_of_the_entry_alone_runs_nothing(tiny_model: Program) -> None:
+def test_the_entry_is_the_same_for_both_at_first(tiny_model: Program) -> None:
     data, found = batches((2, 3), (1, 4)), []
     step = next(iter(walk(tiny_model.clone(), Context(calibration=data), "both", "test")))
     step.observe_pairs({step.block.entry: lambda a, b: found.append((a, b))})

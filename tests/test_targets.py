@@ -26,7 +26,7 @@ def streams(tokens: int, inputs: int, seed: int = 0, off: float = 0.3) -> tuple[
 
 
 def moments_of(original: Tensor, x: Tensor) -> Moments:
-    return Moments(Gram(x.T @ x, x.shape[0]), original.T @ x)
+    return Moments(Gram(x.T @ x, x.shape[0]), (original - x).T @ x)
 
 
 @given(rows=st.integers(1, 6), inputs=st.integers(1, 9), seed=st.integers(0, 10**6))
@@ -53,8 +53,8 @@ def test_damping_is_that_of_the_solver_and_pulls_to_the_weight(damp: float) -> N
     metric = prepare(moments.gram.matrix, damp).matrix
     found = corrected(w, moments, damp)
     # The minimiser of |W x_float - V x|^2 + lambda |V - W|^2: its gradient is zero.
-    assert moments.cross is not None
-    gradient = found @ metric - w @ (moments.cross + metric - moments.gram.matrix)
+    assert moments.drift is not None
+    gradient = found @ metric - w @ (moments.drift + metric)
     assert float(gradient.abs().max()) <= 1e-9 * float((w @ metric).abs().max())
     weaker, stronger = (float((corrected(w, moments, d) - w).norm()) for d in (damp, 100 * damp))
     assert stronger < weaker
@@ -102,8 +102,8 @@ def test_moments_of_batches_are_those_of_all_tokens() -> None:
     for part in (slice(0, 6), slice(6, 24)):
         found.add(x[part].reshape(2, -1, 5), original[part].reshape(2, -1, 5))
         alone.add_alone(x[part].reshape(3, -1, 5))
-    assert found.gram.tokens == alone.gram.tokens == 24 and alone.cross is None
-    torch.testing.assert_close(found.cross, original.T @ x, rtol=1e-5, atol=1e-5)
+    assert found.gram.tokens == alone.gram.tokens == 24 and alone.drift is None
+    torch.testing.assert_close(found.drift, (original - x).T @ x, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.gram.matrix, x.T @ x, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.gram.matrix, alone.gram.matrix, rtol=1e-6, atol=1e-6)
     with pytest.raises(UsageError):

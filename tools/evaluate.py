@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(argv)
-    from ir.execute import products_in
+    from ir.products import products_in
     from tools.load import load
     from tools.text import load_text
 

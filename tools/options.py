@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ir.errors import UsageError
 
 if TYPE_CHECKING:
-    from ir.execute import Precision
+    from ir.products import Precision
 
 DEFAULT_MAX_KL = 3.0
 
