@@ -13,10 +13,13 @@ from torch import Tensor, fx
 
 from ir.analysis import LinearSite, blocks, sibling_sites
 from ir.ops.codes import group_count, part_types
+from ir.ops.hadamard import block_order
 from ir.ops.nested import NestedCodes
+from ir.ops.packing import pack_bits
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.checkpoint import load_block, save_block
+from passes.equiv.turns import random_signs
 from passes.quantize.hessian import Gram
 from passes.quantize.salience import row_energy
 from passes.quantize.targets import Moments, empty_moments
@@ -38,6 +41,7 @@ from passes.stream import Step, walk
 from passes.widths import width_of
 
 _LAT_COLUMNS = 8
+nomul = torch.ops.nomul
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,8 @@ class ShiftAdd(Pass):
         self, weight: Tensor, gram: Gram | None, choices: Sequence[int], site: LinearSite, ctx: Context
     ) -> list[Trial]:
         """Return the site fitted at each width, in fewer rounds than the pass itself takes."""
-        del ctx
+        if self.basis == "rotated":
+            weight, gram = _rotated(weight, gram, ctx.seed)
         specs = [quick(self.spec(site, bits)) for bits in choices]
         metric = None if gram is None else metric_of(gram.matrix, specs[0], tokens=gram.tokens, site=site.name)
         found = [solve(weight, metric, spec, site=site.name) for spec in specs]
@@ -288,6 +293,22 @@ def _bytes(spec: ShiftSpec, site: LinearSite, precisions: Sequence[int]) -> int:
     found = [part_types(p, *sizes) for p in precisions]
     parts = [found[-1]["signs"], *(kind for types in found for name, kind in types.items() if name != "signs")]
     return sum(dtype.itemsize * math.prod(dims) for dtype, dims in parts)
+
+
+def _rotated(weight: Tensor, gram: Gram | None, seed: int) -> tuple[Tensor, Gram | None]:
+    """Return a weight and the Gram matrix of its inputs in a random basis, in which the energies of outputs stay."""
+    width = weight.shape[1]
+    order = block_order(width)
+    signs = pack_bits(random_signs(seed, "trial", width), 1)
+
+    def turned(rows: Tensor) -> Tensor:
+        out: Tensor = nomul.hadamard(rows, signs, order)
+        return out / order**0.5
+
+    if gram is None:
+        return turned(weight), None
+    matrix = gram.matrix.double()
+    return turned(weight), Gram(turned(turned(matrix).T), gram.tokens)
 
 
 def _block_nodes(program: Program) -> list[fx.Node]:

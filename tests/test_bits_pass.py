@@ -395,6 +395,18 @@ def test_every_pass_with_widths_keeps_the_contract(tiny_model: Program, name: st
     assert 0.5 > shares[0] > 2 * shares[1] > 4 * shares[2] > 0
 
 
+def test_large_sites_are_tried_by_a_sample_of_rows(tiny_model: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def costs() -> dict[tuple[str, float], float]:
+        _, log = choose(tiny_model, target=4.6, method="gradient", sequences=4)
+        return {(row.site, row.figures["width"]): row.figures["loss"] for row in log.reports}
+
+    whole, most = costs(), max(s.rows for s in sites_of(tiny_model))
+    monkeypatch.setattr("passes.bits._MOST_ROWS", most // 2)
+    sampled = costs()
+    ratios = [sampled[key] / whole[key] for key in sampled.keys() & whole.keys()]
+    assert len(ratios) > 7 and all(0.5 < ratio < 2 for ratio in ratios) and any(ratio != 1 for ratio in ratios), ratios
+
+
 @pytest.mark.parametrize("name", CODERS)
 def test_every_pass_with_widths_uses_them(tiny_model: Program, name: str) -> None:
     program, log = tiny_model.clone(), Log()

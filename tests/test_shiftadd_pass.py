@@ -25,7 +25,7 @@ from passes.pipeline import parse
 from passes.quantize.hessian import Gram, empty_gram, update
 from passes.quantize.salience import row_energy
 from passes.quantize.targets import Moments
-from passes.shiftadd import ShiftAdd
+from passes.shiftadd import ShiftAdd, _rotated
 from passes.shiftcode.siblings import Fitting, fit_siblings
 from passes.shiftcode.solver import solve
 from passes.widths import put_widths
@@ -425,7 +425,7 @@ def test_trials_are_the_losses_and_bytes_of_real_codes(
         gram = empty_gram(site.inputs)
         for ids in DATA:
             update(gram, values(tiny_model, ids)[site.node.args[0].name])  # type: ignore[union-attr]
-    coder = ShiftAdd(**{"group": 16, **options})
+    coder = ShiftAdd(**{"group": 16, "basis": "plain", **options})
     found = coder.trial(weight, gram, (1, 2, 4), site, Context())
     assert [t.bits for t in found] == [1, 2, 4]
     losses = [float(t.row_loss.sum()) for t in found]
@@ -438,6 +438,24 @@ def test_trials_are_the_losses_and_bytes_of_real_codes(
         assert trial.stored_bytes == stored_bytes(run, node) == coder.stored_bytes(site, trial.bits)
         expected = row_energy(weight - decoded(run, node), gram)
         torch.testing.assert_close(trial.row_loss, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_trials_of_rotated_weights_are_in_the_basis_of_the_codes(tiny_model: Program, data: bool) -> None:
+    site = next(s for s in linear_sites(tiny_model, tiny_model.graph.nodes)[0] if s.name == SITES[0])
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(site.rows, site.inputs, generator=generator, dtype=torch.float64)
+    weight[:, 3] *= 40  # one column governs the scales of its group, unless rotation spreads it
+    x = torch.randn(300, site.inputs, generator=generator, dtype=torch.float64)
+    gram = Gram(x.T @ x, 300) if data else None
+    turned, metric = _rotated(weight, gram, seed=1)
+    torch.testing.assert_close(row_energy(turned, metric), row_energy(weight, gram), rtol=1e-10, atol=0)
+    assert float(turned.abs().max()) < 0.5 * float(weight.abs().max())
+    plain, spread = (
+        float(ShiftAdd(group=16, basis=basis).trial(weight, gram, (3,), site, Context())[0].row_loss.sum())  # type: ignore[arg-type]
+        for basis in ("plain", "rotated")
+    )
+    assert spread < 0.8 * plain
 
 
 def test_planning_changes_nothing(tiny_model: Program) -> None:
