@@ -303,7 +303,7 @@ def _rotated(weight: Tensor, gram: Gram | None, seed: int) -> tuple[Tensor, Gram
 
     def turned(rows: Tensor) -> Tensor:
         out: Tensor = nomul.hadamard(rows, signs, order)
-        return out / order**0.5
+        return out / math.sqrt(order)
 
     if gram is None:
         return turned(weight), None
