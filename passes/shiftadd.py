@@ -18,6 +18,7 @@ from ir.ops.nested import NestedCodes
 from ir.ops.packing import pack_bits
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
+from passes.bits import Bits
 from passes.checkpoint import load_block, save_block
 from passes.equiv.turns import random_signs
 from passes.quantize.hessian import Gram
@@ -69,7 +70,7 @@ class ShiftAdd(Pass):
     offset: bool = field(default=True, metadata={"help": "one more power-of-two value per group, added to its weights"})
     bpw: float = field(
         default=0.0,
-        metadata={"help": "stored bits per weight to stay within: chooses bits, group, terms and offset; 0: does not"},
+        metadata={"help": "stored bits per weight to stay within: chooses group, terms, offset, bits by site; 0: no"},
     )
     nested: tuple[int, ...] = field(
         default=(), metadata={"help": "precisions that share planes, such as [2 3 4]; one is chosen at load time"}
@@ -107,10 +108,10 @@ class ShiftAdd(Pass):
     widths: ClassVar[range] = range(1, 9)
 
     def needs(self) -> Calib | None:
-        """Return the compressed stream, with the float one beside it for float targets, or nothing without data."""
+        """Return the compressed stream, the float one beside it for float targets, gradients for `bpw`, or nothing."""
         if self.calib == "none":
             return None
-        return Calib("both" if self._both else "compressed")
+        return Calib("both" if self._both else "compressed", gradients=bool(self.bpw))
 
     @property
     def _both(self) -> bool:
@@ -156,28 +157,41 @@ class ShiftAdd(Pass):
         """Return the sites with the bits and bytes their codes will take, and the rotations that come first."""
         sites = choose_sites(program, _block_nodes(program), self.skip, Context())
         self._check_group(sites)
-        if self.bpw:
-            return self._within_budget(sites).plan(program)
         rows = []
         if self.basis == "rotated":
             turns = plan_rotation(program, sites, 0).online
             rows = [PlanRow(t.sites[0].name, "insert nomul.hadamard", {"adds": float(t.adds)}) for t in turns]
+        if self.bpw:
+            self._within_budget(sites)
+            return rows + [PlanRow(s.name, self.name, {"bits": self.bpw}) for s in sites]
         return rows + [PlanRow(s.name, self.name, self._predicted(s, self._width(program, s))) for s in sites]
 
-    def _within_budget(self, sites: Sequence[LinearSite]) -> ShiftAdd:
-        """Return the pass with bits, group, terms and offset chosen for `bpw`."""
+    def _within_budget(self, sites: Sequence[LinearSite]) -> tuple[ShiftAdd, Bits]:
+        """Return the pass with group, terms and offset chosen for `bpw`, and the one that chooses planes by site."""
         weights = sum(s.rows * s.inputs for s in sites)
 
         def stored(spec: ShiftSpec) -> float:
             return 8 * sum(_bytes(spec, s, (spec.bits,)) for s in sites) / weights
 
         rotated = self.basis == "rotated"
-        found = choose(self.bpw, self.spec(sites[0], self.bits), [s.inputs for s in sites], stored, rotated)
+        found, planes = choose(self.bpw, self.spec(sites[0], self.bits), [s.inputs for s in sites], stored, rotated)
         group = 0 if found.group >= max(s.inputs for s in sites) else found.group
-        return replace(self, bpw=0.0, bits=found.bits, group=group, terms=found.terms, offset=found.offset)
+        chosen = replace(self, bpw=0.0, group=group, terms=found.terms, offset=found.offset)
+        method: Literal["loss", "gradient"] = "loss" if self.calib == "none" else "gradient"
+        return chosen, Bits(target=self.bpw, choices=planes, method=method, calib=self.calib, skip=self.skip)
+
+    def _run_within_budget(self, program: Program, sites: Sequence[LinearSite], ctx: Context) -> None:
+        """Choose the options that meet `bpw`, then the planes of every site, and run with them."""
+        chosen, widths = self._within_budget(sites)
+        options = f"group={chosen.group} terms={chosen.terms} offset={str(chosen.offset).lower()}"
+        text = f"bits{{target={self.bpw:g} choices=[{' '.join(map(str, widths.choices))}] method={widths.method}}}"
+        ctx.log.note(f"bpw={self.bpw:g} stands for {text},{self.name}{{{options}}}")
+        work = None if ctx.work is None else ctx.work / widths.name
+        widths.run(program, replace(ctx, log=ctx.log.of(widths.name), work=work, following=(chosen,)))
+        chosen.run(program, ctx)
 
     def _check_group(self, sites: Sequence[LinearSite]) -> None:
-        if self.mode == "row" and self.group:
+        if self.mode == "row" and self.group and not self.bpw:
             check_group(sites, self.group, self.name)
 
     def _width(self, program: Program, site: LinearSite) -> int:
@@ -190,11 +204,7 @@ class ShiftAdd(Pass):
         sites = choose_sites(program, nodes, self.skip, ctx)
         self._check_group(sites)
         if self.bpw:
-            chosen = self._within_budget(sites)
-            ctx.log.note(
-                f"bpw={self.bpw:g} chose bits={chosen.bits} {' '.join(f'{n}={getattr(chosen, n)}' for n in _CHOSEN)}"
-            )
-            chosen.run(program, ctx)
+            self._run_within_budget(program, sites, ctx)
             return
         outside_blocks(program, nodes, self.skip, ctx)
         if self.basis == "rotated":
@@ -281,9 +291,6 @@ _SAME = (
     *("code", "terms", "offset", "weighted", "ordered", "feedback", "rounds", "starts", "iterations", "polish"),
     *("refit", "sweeps", "damp"),
 )
-
-
-_CHOSEN = ("group", "terms", "offset")
 
 
 def _bytes(spec: ShiftSpec, site: LinearSite, precisions: Sequence[int]) -> int:
