@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -21,6 +21,7 @@ from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.bits import Bits
 from passes.checkpoint import load_block, save_block
 from passes.equiv.turns import random_signs
+from passes.pipeline import Item
 from passes.quantize.hessian import Gram
 from passes.quantize.salience import row_energy
 from passes.quantize.targets import Moments, empty_moments
@@ -82,6 +83,10 @@ class ShiftAdd(Pass):
         },
     )
     share: float = field(default=0.25, metadata={"help": "how much of that correction is taken, 0 to 1"})
+    sequential: bool = field(
+        default=True,
+        metadata={"help": "sites of a block one after another, each on inputs that those before it change"},
+    )
     weighted: bool = field(
         default=True, metadata={"help": "weigh a group's inputs by their curvature in the first fit"}
     )
@@ -177,15 +182,15 @@ class ShiftAdd(Pass):
         found, planes = choose(self.bpw, self.spec(sites[0], self.bits), [s.inputs for s in sites], stored, rotated)
         group = 0 if found.group >= max(s.inputs for s in sites) else found.group
         chosen = replace(self, bpw=0.0, group=group, terms=found.terms, offset=found.offset)
+        if group == 0:  # one set of scales a row: what these would refine is as good, and they take n^2 a row of n
+            chosen = replace(chosen, iterations=0, polish=0, sweeps=0)
         method: Literal["loss", "gradient"] = "loss" if self.calib == "none" else "gradient"
         return chosen, Bits(target=self.bpw, choices=planes, method=method, calib=self.calib, skip=self.skip)
 
-    def _run_within_budget(self, program: Program, sites: Sequence[LinearSite], ctx: Context) -> None:
+    def _run_within_budget(self, program: Program, ctx: Context) -> None:
         """Choose the options that meet `bpw`, then the planes of every site, and run with them."""
-        chosen, widths = self._within_budget(sites)
-        options = f"group={chosen.group} terms={chosen.terms} offset={str(chosen.offset).lower()}"
-        text = f"bits{{target={self.bpw:g} choices=[{' '.join(map(str, widths.choices))}] method={widths.method}}}"
-        ctx.log.note(f"bpw={self.bpw:g} stands for {text},{self.name}{{{options}}}")
+        chosen, widths = self._within_budget(choose_sites(program, _block_nodes(program), self.skip, Context()))
+        ctx.log.note(f"bpw={self.bpw:g} stands for {Item(widths)},{Item(chosen)}")
         work = None if ctx.work is None else ctx.work / widths.name
         widths.run(program, replace(ctx, log=ctx.log.of(widths.name), work=work, following=(chosen,)))
         chosen.run(program, ctx)
@@ -201,11 +206,11 @@ class ShiftAdd(Pass):
         """Compress block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""
         nodes = _block_nodes(program)
         check_skip(program, self.skip, self.name)
+        if self.bpw:
+            self._run_within_budget(program, ctx)
+            return
         sites = choose_sites(program, nodes, self.skip, ctx)
         self._check_group(sites)
-        if self.bpw:
-            self._run_within_budget(program, sites, ctx)
-            return
         outside_blocks(program, nodes, self.skip, ctx)
         if self.basis == "rotated":
             rotate_sites(program, sites, ctx.seed, self.name)
@@ -219,46 +224,45 @@ class ShiftAdd(Pass):
         for walked in walk(program, ctx, "both" if self._both else "compressed", self.name):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
             if not _restore(program, sites, ctx, walked.block.index):
-                self._finish(program, ctx, walked.block.index, sites, self._solve(program, walked, sites))
+                _save(ctx, walked.block.index, self._solve(program, walked, sites, ctx))
 
     def _run_free(self, program: Program, ctx: Context) -> None:
         step = ctx.log.progress(len(blocks(program)), self.name)
         for block in blocks(program):
             sites = choose_sites(program, block.nodes, self.skip, Context())
-            solved = [row for group in sibling_sites(sites) for row in self._fit(program, group, None)]
-            self._finish(program, ctx, block.index, sites, solved)
+            solved: dict[str, Solved] = {}
+            for group in sibling_sites(sites):
+                solved |= self._put(program, group, None, ctx)
+            _save(ctx, block.index, solved)
             step()
 
-    def _solve(self, program: Program, walked: Step, sites: list[LinearSite]) -> list[Solved]:
-        """Fit the sites of a block to the second moments of their inputs."""
+    def _solve(self, program: Program, walked: Step, sites: list[LinearSite], ctx: Context) -> dict[str, Solved]:
+        """Fit a block's sites to the second moments of their inputs and put their codes in place, by node name."""
+        solved: dict[str, Solved] = {}
         groups = sibling_sites(sites)
-        moments = [empty_moments(group[0].inputs, self._both) for group in groups]
-        inputs: list[Any] = [group[0].node.args[0] for group in groups]
-        if self._both:
-            walked.observe_pairs({x: m.add for x, m in zip(inputs, moments, strict=True)})
-        else:
-            walked.observe({x: m.add_alone for x, m in zip(inputs, moments, strict=True)})
-        return [row for g, m in zip(groups, moments, strict=True) for row in self._fit(program, g, m)]
+        rounds = [[group] for group in groups] if self.sequential else [groups]
+        for together in rounds:
+            moments = [empty_moments(group[0].inputs, self._both) for group in together]
+            inputs: list[Any] = [group[0].node.args[0] for group in together]
+            if self._both:
+                pairs = {x: m.add for x, m in zip(inputs, moments, strict=True)}
+                walked.observe_pairs(pairs, last=together is rounds[-1])
+            else:
+                walked.observe({x: m.add_alone for x, m in zip(inputs, moments, strict=True)})
+            for group, known in zip(together, moments, strict=True):
+                solved |= self._put(program, group, known, ctx)
+        return solved
 
-    def _fit(self, program: Program, group: list[LinearSite], moments: Moments | None) -> list[Solved]:
+    def _put(
+        self, program: Program, group: list[LinearSite], moments: Moments | None, ctx: Context
+    ) -> dict[str, Solved]:
+        """Fit sites that read the same input and put their codes in place; return them by the node's name."""
         how = Fitting(lambda site: self.spec(site, self._width(program, site)), self.nested, self.share)
-        return fit_siblings(weights_of(program, group, self.name), group, moments, how)
-
-    def _finish(
-        self, program: Program, ctx: Context, index: int, sites: list[LinearSite], solved: list[Solved]
-    ) -> None:
-        """Keep a block's codes, then put them in place in the order of its sites, as a resumed run will."""
-        solved = sorted(solved, key=lambda row: sites.index(row.site))
-        tensors: dict[str, Tensor] = {}
-        facts: dict[str, object] = {}
-        for row in solved:
-            parts, rest = kept(row.codes)
-            stem = row.site.node.name
-            tensors.update({f"{stem}/{name}": tensor for name, tensor in parts.items()})
-            facts[stem] = {"codes": rest, "figures": row.figures, "fallback": row.fallback}
-        save_block(ctx.work, index, tensors, facts)
-        for row in solved:
+        rows = fit_siblings(weights_of(program, group, self.name), group, moments, how)
+        solved = {row.site.node.name: row for row in rows}
+        for row in rows:
             _put(program, row, ctx)
+        return solved
 
     def stored_bytes(self, site: LinearSite, bits: int) -> int:
         """Return the bytes of a site's codes at a width; of nested ones at all precisions."""
@@ -332,13 +336,24 @@ def _put(program: Program, row: Solved, ctx: Context) -> None:
     ctx.log.report(site=row.site.name, **row.figures)
 
 
+def _save(ctx: Context, index: int, solved: Mapping[str, Solved]) -> None:
+    """Keep a block's codes, by the name of the node they replaced, for a run that resumes this one."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, object] = {}
+    for stem, row in solved.items():
+        parts, rest = kept(row.codes)
+        tensors.update({f"{stem}/{name}": tensor for name, tensor in parts.items()})
+        facts[stem] = {"codes": rest, "figures": row.figures, "fallback": row.fallback}
+    save_block(ctx.work, index, tensors, facts)
+
+
 def _restore(program: Program, sites: list[LinearSite], ctx: Context, index: int) -> bool:
-    """Put a block's codes from an earlier run in place; return whether there were any."""
+    """Put a block's codes from an earlier run in place, as that run did; return whether there were any."""
     found = load_block(ctx.work, index)
     if found is None:
         return False
     tensors, facts = found
-    for site in sites:
+    for site in (site for group in sibling_sites(sites) for site in group):
         fact, stem = facts[site.node.name], f"{site.node.name}/"
         assert isinstance(fact, dict)
         parts = {name.removeprefix(stem): t for name, t in tensors.items() if name.startswith(stem)}

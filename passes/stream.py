@@ -70,22 +70,23 @@ class Step:
         nodes = {node.name: node for node in (*self._float_block.nodes, self._float_block.entry)}
         _run(self._float, self._float_block, {nodes[name]: call for name, call in wanted.items()})
 
-    def observe_pairs(self, wanted: Mapping[fx.Node, PairCallback]) -> None:
+    def observe_pairs(self, wanted: Mapping[fx.Node, PairCallback], last: bool = True) -> None:
         """Hand every batch's value of each wanted node, on the compressed and on the float stream, to its callback.
 
-        The float value is that of the node of the same name in the original block. One batch is in memory at a time,
-        and the float stream keeps what it needs to move on without running the block again.
+        The float value is that of the node of the same name in the original block. One batch is in memory at a time.
+        last: whether the block is not observed again; the float stream then keeps what it needs to move on.
         """
         if self._compressed is None or self._float is None or self._float_block is None:
             raise ValueError("this walk does not carry both streams")
         nodes = {node.name: node for node in (*self._float_block.nodes, self._float_block.entry)}
         ours = _values(self._compressed, self.block, list(wanted))
-        theirs = _values(self._float, self._float_block, [*(nodes[n.name] for n in wanted), self._float_block.exit])
+        after = [self._float_block.exit] if last else []
+        theirs = _values(self._float, self._float_block, [*(nodes[n.name] for n in wanted), *after])
         ready = []
-        for compressed, (*original, after) in zip(ours, theirs, strict=True):
-            ready.append(after)
+        for compressed, original in zip(ours, theirs, strict=True):
+            ready += original[len(wanted) :]
             with products_in(self._float.precision):
-                for call, a, b in zip(wanted.values(), compressed, original, strict=True):
+                for call, a, b in zip(wanted.values(), compressed, original[: len(wanted)], strict=True):
                     call(a, b)
         self._float.ready = ready
 

@@ -99,7 +99,7 @@ def test_the_pass_stays_within_its_budget_and_says_what_it_stands_for(tiny_model
     assert 0.9 * 4.6 < 8 * size / sum(row.figures["weights"] for row in rows) <= 4.6
     [text] = [note.text.partition(" stands for ")[2] for note in log.notes if "stands for" in note.text]
     widths, coder = parse(text).passes()
-    again, _ = compress(tiny_model, [replace(widths, calib=calib), replace(coder, calib=calib, starts=1)])  # type: ignore[type-var]
+    again, _ = compress(tiny_model, [widths, coder])
     assert all(same_parts(found, again, name) for name in sites)
     assert short.needs() == (None if calib == "none" else Calib("both", gradients=True))
 

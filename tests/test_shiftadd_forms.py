@@ -111,8 +111,8 @@ def test_acc_reads_rotated_inputs_and_the_float_function_stays(tiny_model: Progr
 
 
 def test_nested_weights_run_at_every_precision(tiny_model: Program) -> None:
-    program, _ = compress(tiny_model, nested=(2, 3, 5), sweeps=1)
-    plain, _ = compress(tiny_model, bits=2, sweeps=1)
+    program, _ = compress(tiny_model, nested=(2, 3, 5), sweeps=1, sequential=False)
+    plain, _ = compress(tiny_model, bits=2, sweeps=1, sequential=False)
     assert precisions(program) == (2, 3, 5)
     assert {arguments(n)["precision"] for n in coded(program).values()} == {5}
     errors = []

@@ -74,17 +74,32 @@ def test_blocks_stay_blocks_when_only_one_of_them_is_compressed(tiny_model: Prog
     assert len(blocks(program)) == len(blocks(tiny_model)) == 2
 
 
-def test_siblings_solved_together_are_solved_as_if_alone(plain: tuple[Program, Log], tiny_model: Program) -> None:
+def test_siblings_solved_together_are_solved_as_if_alone(tiny_model: Program) -> None:
+    together, _ = compress(tiny_model, sequential=False)
     for name in (SITES[0], SITES[1], SITES[4]):
         others = tuple(s for s in SITES if s != name)
         alone, _ = compress(tiny_model, skip=others)
-        assert list(coded(alone)) == [name] and same_parts(alone, plain[0], name)
+        assert list(coded(alone)) == [name] and same_parts(alone, together, name)
 
 
 def test_later_blocks_are_fitted_to_what_earlier_ones_left(plain: tuple[Program, Log], tiny_model: Program) -> None:
     name = "model.layers.1.self_attn.q_proj"
     first_float, _ = compress(tiny_model, skip=("model.layers.0.*",))
     assert not same_parts(first_float, plain[0], name)
+
+
+def test_sites_of_a_block_see_what_those_before_them_changed(tiny_model: Program) -> None:
+    """Together they are fitted as one would be after another, each in a run of its own."""
+    alone: dict[str, Any] = {"basis": "plain", "target": "own"}
+    inner = [SITES[:3], SITES[3:4], SITES[4:6], SITES[6:7]]
+    sequential, at_once = (compress(tiny_model, sequential=s, **alone)[0] for s in (True, False))
+    program = tiny_model
+    for names in inner:
+        later = tuple(n for n in SITES if n not in names and n not in coded(program))
+        program, _ = compress(program, skip=later, **alone)
+        assert all(same_parts(program, sequential, name) for name in names)
+    assert all(same_parts(sequential, at_once, name) for name in inner[0])
+    assert not any(same_parts(sequential, at_once, name) for name in SITES[3:7])
 
 
 def test_data_free_sites_do_not_depend_on_each_other_or_on_data(tiny_model: Program) -> None:
