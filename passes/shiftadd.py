@@ -84,8 +84,8 @@ class ShiftAdd(Pass):
     )
     share: float = field(default=0.25, metadata={"help": "how much of that correction is taken, 0 to 1"})
     sequential: bool = field(
-        default=True,
-        metadata={"help": "sites of a block one after another, each on inputs that those before it change"},
+        default=False,
+        metadata={"help": "sites of a block one after another, each on inputs as those before it left them"},
     )
     weighted: bool = field(
         default=True, metadata={"help": "weigh a group's inputs by their curvature in the first fit"}
