@@ -43,8 +43,7 @@ def stored_bits(spec: ShiftSpec) -> float:
     return spec.bits + (4 * nibbles + 16 * len(INPUTS)) / sum(INPUTS)
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize("bpw", [1.4, 2.3, 2.75, 3.3, 4.3])
+@pytest.mark.parametrize(("bpw", "rotated"), [(1.4, True), (2.75, False), (4.3, True)])
 def test_the_budget_lies_between_the_planes_to_choose_from(bpw: float, rotated: bool) -> None:
     spec, planes = choose(bpw, QUICK, INPUTS, stored_bits, rotated=rotated)
     sizes = [stored_bits(replace(spec, bits=bits)) for bits in planes]
