@@ -18,8 +18,8 @@ from passes.shiftcode import solver
 from passes.shiftcode.nested import solve_nested
 from passes.shiftcode.solver import metric_of
 from passes.shiftcode.spec import ShiftSpec
-from tests.test_shift_solver import draw, forms, nasty, problem
-from tests.test_shift_solver import solved as alone
+from tests.solver_problems import draw, forms, nasty, problem
+from tests.solver_problems import solved as alone
 
 F64 = torch.float64
 PRECISIONS = pytest.mark.parametrize("precisions", [(2, 3, 4), (2, 4), (3, 4), (1, 2), (1, 5), (3,)])

@@ -20,7 +20,8 @@ from passes.pipeline import parse
 from passes.rtn import Rtn
 from tests.coded_sites import coded, decoded, parts, same_parts, stored_bytes
 from tests.golden import check_golden
-from tests.test_shiftadd_pass import SITES, heavy_tailed
+from tests.shiftadd_runs import SITES
+from tests.test_shiftadd_pass import heavy_tailed
 from tests.watch import batches, values
 
 

@@ -19,20 +19,11 @@ from tests.solver_problems import (
     CODES,
     draw,
     factors,
+    nasty,
     problem,
     solve,
     solved,
 )
-
-
-def nasty(rows: int, inputs: int) -> Tensor:
-    """Return a weight with rows of zeros, of one value, of one outlier, of two values, and of groups of zeros."""
-    w = draw(max(rows, 6), inputs) * 0.05
-    w[0], w[1], w[2] = 0.0, 0.25, 0.0
-    w[2, inputs // 2] = 1e4
-    w[3] = torch.where(w[3] > 0, 0.5, -0.25)
-    w[4, : inputs // 2] = 0.0
-    return w[:rows]
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(20, 8), (3, 8), (17, 1), (5, 2)])
