@@ -182,8 +182,6 @@ class ShiftAdd(Pass):
         found, planes = choose(self.bpw, self.spec(sites[0], self.bits), [s.inputs for s in sites], stored, rotated)
         group = 0 if found.group >= max(s.inputs for s in sites) else found.group
         chosen = replace(self, bpw=0.0, group=group, terms=found.terms, offset=found.offset)
-        if group == 0:  # all three take time that grows with the square of a row's inputs
-            chosen = replace(chosen, iterations=0, polish=0, sweeps=0)
         method: Literal["loss", "gradient"] = "loss" if self.calib == "none" else "gradient"
         return chosen, Bits(target=self.bpw, choices=planes, method=method, calib=self.calib, skip=self.skip)
 

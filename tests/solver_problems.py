@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ir.ops.shiftcode import ShiftCodes
 from passes.quantize.hessian import inverse_factor, prepare
-from passes.shiftcode import kernels, solver
+from passes.shiftcode import group_fit, solver
 from passes.shiftcode.rounding import limits_of, rounding_table
 from passes.shiftcode.solver import metric_of
 from passes.shiftcode.spec import ShiftSpec
@@ -78,20 +77,8 @@ METRICS = {
 def refit(w: Tensor, codes: Tensor, metric: Tensor, tiles: Tiles) -> tuple[Tensor, float]:
     """Run the scale solve of one tile in a group's metric; return the unknowns and the loss it reports."""
     upper, factor = factors(metric)
-    arrays = [t.contiguous().numpy() for t in (upper, factor, factor.sum(0), metric, torch.ones(w.shape[1]).double())]
-    size, (rows, n) = tiles.scales + 1, w.shape
-    found, designs, error = np.zeros(size), np.empty((rows, size, n)), np.empty((rows, n))
-    reported = kernels._refit(
-        (w @ factor).contiguous().numpy(),
-        codes.numpy(),
-        kernels.Frame(*arrays),
-        tiles.limits[0],
-        tiles.how(),
-        found,
-        designs,
-        error,
-    )
-    return torch.from_numpy(found), reported
+    fit = group_fit.solved_scales(group_fit.Group(w, upper, factor, metric, torch.zeros_like(codes), tiles), codes)
+    return fit.unknowns[0], float(fit.error.square().sum())
 
 
 def nasty(rows: int, inputs: int) -> Tensor:

@@ -43,7 +43,7 @@ def levels(fit: BcqFit) -> Tensor:
 def how(code: str, bits: int, offset: bool, terms: int = -1, feedback: bool = True) -> How:
     design = design_of(code, bits, 1)
     first = 0 if offset else 1
-    return How(design.matrix, design.starts, *rounding_table(terms), first, 0, 0, 0, feedback, design.sortable, 0)
+    return How(design.matrix, design.starts, *rounding_table(terms), first, 0, feedback, design.sortable, 0)
 
 
 @settings(max_examples=40)

@@ -14,7 +14,7 @@ def test_every_file_with_compiled_code_is_part_of_the_stamp() -> None:
 
 
 def test_what_is_kept_on_disk_is_dated_by_all_of_them() -> None:
-    cache = kernels.solve_tiles._cache._cache_file  # type: ignore[attr-defined]
+    cache = kernels.walk._cache._cache_file  # type: ignore[attr-defined]
     assert cache._source_stamp == compiled._STAMP
     kept, cache._source_stamp = cache._source_stamp, "another text"
     try:

@@ -16,9 +16,10 @@ from ir.ops.shiftcode import ShiftCodes, decode_offsets, decode_planes, decode_s
 from passes.quantize.hessian import prepare
 from passes.shiftcode import solver
 from passes.shiftcode.bcq import fit_bcq
+from passes.shiftcode.group_fit import Fit, fit_tiles
 from passes.shiftcode.rounding import limits_of, rounding_table
 from passes.shiftcode.spec import ShiftSpec
-from passes.shiftcode.tiles import Fit, fit_tiles, levels_of, tiles_of
+from passes.shiftcode.tiles import levels_of, tiles_of
 from tests.solver_problems import (
     BARE,
     CODES,

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from passes.quantize.hessian import prepare
 from passes.quantize.uniform import rtn
+from passes.shiftcode.group_fit import fit_tiles
 from passes.shiftcode.joint import refit_scales
 from passes.shiftcode.solver import loss, relative_loss
 from passes.shiftcode.spec import ShiftSpec
-from passes.shiftcode.tiles import fit_tiles, levels_of, tiles_of
+from passes.shiftcode.tiles import levels_of, tiles_of
 from tests.solver_problems import (
     BARE,
     CODES,

@@ -60,7 +60,7 @@ def fit_bcq(
     limits = np.broadcast_to(_NO_LIMITS, (rows, 4)).copy() if limits is None else limits
     unknowns = np.empty((rows, design.matrix.shape[1] + 1))
     codes, losses = np.empty(w.shape, np.uint8), np.empty(rows)
-    how = How(design.matrix, design.starts, *rounding, 0 if offset else 1, rounds, 0, 0, True, design.sortable, 0)
+    how = How(design.matrix, design.starts, *rounding, 0 if offset else 1, rounds, True, design.sortable, 0)
     task = (w.numpy(), weight.numpy(), limits, how, unknowns, codes, losses)
     over_tiles(rows, lambda start, stop: fit_rows(start, stop, *task))
     found = torch.from_numpy(unknowns)

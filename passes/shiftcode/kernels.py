@@ -1,7 +1,8 @@
-"""The solver's compiled inner loops: everything that happens to one tile, the weights that share a set of scales.
+"""The solver's compiled inner loops: what goes column by column or tile by tile and is no matrix product.
 
-A tile is R rows by n columns. A code selects a level z + design[code] @ alpha; the unknowns of a tile are z and then
-alpha. Tiles are independent, so their order does not matter. All arithmetic is float64.
+A tile is the weights that share a set of scales: R rows by the columns of a group. Tiles and rows are independent, so
+every loop takes a range of them. Columns come first in all arrays here, so that a step of a loop is one instruction on
+several rows. All arithmetic is float64.
 """
 
 from __future__ import annotations
@@ -11,293 +12,145 @@ from typing import NamedTuple
 import numpy as np
 
 from passes.shiftcode.compiled import compiled
-from passes.shiftcode.levels import (
-    How,
-    add_scaled,
-    copy,
-    dot,
-    fill,
-    level_of,
-    nearest,
-    set_levels,
-    solve_rounded,
-)
-from passes.shiftcode.rounding import Codes, Floats, Ints
+from passes.shiftcode.levels import How, add_scaled, solve_rounded
+from passes.shiftcode.rounding import Codes, Floats, Ints, first_not_below
 from passes.shiftcode.value_fit import fit_values
 
-_HUGE = 1e300
+# Rows taken at once: those of 128 columns are 64 KiB, which stay in a core's cache.
+_ROWS = 64
+# More levels than this are searched by halving, one row after another.
+_MANY = 16
 
 
-class Frame(NamedTuple):
-    """What the columns of a group make of errors: metric = factor @ factor.T, upper = factor^-1, all [n, n].
+class Book(NamedTuple):
+    """The values of all codes for each of N rows.
 
-    factor_sum: the sum of the factor's rows; importance: [n], of the columns in the first fit.
+    levels: [codes, N], ascending; order: u8 [codes, N], the codes of these; middles: [codes-1, N], between them; plain:
+    [codes, N], by code; prefix: u8 [n, N], the low bits that codes keep; frozen: how many.
     """
 
-    upper: Floats
-    factor: Floats
-    factor_sum: Floats
-    metric: Floats
-    importance: Floats
+    levels: Floats
+    order: Codes
+    middles: Floats
+    plain: Floats
+    prefix: Codes
+    frozen: int
 
 
 @compiled
-def _choose(
-    x: float, middles: Floats, levels: Floats, order: Ints, prefix: int, unknowns: Floats, how: How
-) -> tuple[int, float]:
-    """Return the code nearest to x, and its level; with frozen planes only codes whose low bits are `prefix`."""
-    if how.frozen == 0:
-        place = nearest(middles, x)
-        return order[place], levels[place]
-    best, best_level, lowest = 0, 0.0, _HUGE
-    for code in range(prefix, how.design.shape[0], 1 << how.frozen):
-        level = level_of(code, unknowns, how)
-        if abs(x - level) < lowest:
-            best, best_level, lowest = code, level, abs(x - level)
-    return best, best_level
-
-
-@compiled
-def _walk(
-    w: Floats,
-    frame: Frame,
-    middles: Floats,
-    levels: Floats,
-    order: Ints,
-    prefix: Codes,
-    unknowns: Floats,
-    how: How,
-    codes: Codes,
-    error: Floats,
-) -> float:
-    """Code the columns of one row in turn, pushing each error into the later ones; return the sum of error**2."""
-    rest = np.empty(len(w))
-    copy(rest, w)
-    loss = 0.0
-    for j in range(len(w)):
-        code, level = _choose(rest[j], middles, levels, order, prefix[j], unknowns, how)
-        codes[j] = code
-        row = frame.upper[j]
-        e = (rest[j] - level) / row[j]
-        error[j] = e
-        loss += e * e
-        add_scaled(rest[j + 1 :], -e, row[j + 1 :])
-    return loss
-
-
-@compiled
-def _through(row: Floats, factor: Floats, out: Floats) -> None:
-    """Write row @ factor, factor upper triangular."""
-    fill(out, 0.0)
-    for j in range(len(row)):
-        add_scaled(out[j:], row[j], factor[j, j:])
-
-
-@compiled
-def _designs_through(codes: Codes, frame: Frame, design: Floats, out: Floats) -> None:
-    """Write the row's ones and design columns times the factor, [S+1, n]."""
-    n = len(codes)
-    copy(out[0], frame.factor_sum)
-    for s in range(design.shape[1]):
-        fill(out[s + 1], 0.0)
-    for j in range(n):
-        line = frame.factor[j, j:]
-        for s in range(design.shape[1]):
-            add_scaled(out[s + 1, j:], design[codes[j], s], line)
-
-
-@compiled
-def _descend(
-    w: Floats,
-    frame: Frame,
-    error: Floats,
-    codes: Codes,
-    middles: Floats,
-    levels: Floats,
-    order: Ints,
-    prefix: Codes,
-    unknowns: Floats,
-    how: How,
+def fit_scales(
+    start: int, stop: int, w: Floats, tile_rows: int, importance: Floats, limits: Ints, how: How, unknowns: Floats
 ) -> None:
-    """Set each column's code in turn to the minimiser of the row's quadratic form, the others fixed."""
-    n = len(w)
-    slope = np.empty(n)
-    for j in range(n):
-        slope[j] = -dot(error[j:], frame.factor[j, j:])
-    for j in range(n):
-        line, old = frame.metric[j], level_of(codes[j], unknowns, how)
-        code, level = _choose(old - slope[j] / line[j], middles, levels, order, prefix[j], unknowns, how)
-        if code != codes[j]:
-            codes[j] = code
-            add_scaled(slope[j + 1 :], level - old, line[j + 1 :])
-
-
-@compiled
-def _errors(w: Floats, codes: Codes, frame: Frame, unknowns: Floats, how: How, out: Floats) -> float:
-    """Write (w - levels) @ factor of one row; return its sum of squares."""
-    difference = np.empty(len(w))
-    for j in range(len(w)):
-        difference[j] = w[j] - level_of(codes[j], unknowns, how)
-    _through(difference, frame.factor, out)
-    return dot(out, out)
-
-
-@compiled
-def _refit(
-    through: Floats,
-    codes: Codes,
-    frame: Frame,
-    limits: Ints,
-    how: How,
-    unknowns: Floats,
-    designs: Floats,
-    error: Floats,
-) -> float:
-    """Solve scales and offset of a tile for fixed codes in its metric; return the loss.
-
-    through: [R, n], the weights times the factor. With E = (W - Q) factor the loss is the sum of E**2, what the errors
-    cost once all later columns have compensated them (BPDQ, 2602.04163: scale solve and delta correction).
-    """
-    rows, size = codes.shape[0], how.design.shape[1] + 1
-    normal, right = np.zeros((size, size)), np.zeros(size)
-    for r in range(rows):
-        _designs_through(codes[r], frame, how.design, designs[r])
-        for i in range(size):
-            right[i] += dot(designs[r, i], through[r])
-            for j in range(i + 1):
-                normal[i, j] += dot(designs[r, i], designs[r, j])
-    for i in range(size):
-        for j in range(i):
-            normal[j, i] = normal[i, j]
-    solve_rounded(normal, right, unknowns, limits, how)
-    loss = 0.0
-    for r in range(rows):
-        copy(error[r], through[r])
-        for i in range(size):
-            add_scaled(error[r], -unknowns[i], designs[r, i])
-        loss += dot(error[r], error[r])
-    return loss
-
-
-@compiled
-def copy_codes(into: Codes, source: Codes) -> None:
-    """Copy codes [R, n]. A loop compiles in a fraction of the time that an assignment to a slice takes."""
-    for r in range(into.shape[0]):
-        for k in range(into.shape[1]):
-            into[r, k] = source[r, k]
-
-
-@compiled
-def _keep(unknowns: Floats, codes: Codes, error: Floats, now: Floats, now_codes: Codes, now_error: Floats) -> None:
-    """Copy one state over another."""
-    for i in range(len(unknowns)):
-        unknowns[i] = now[i]
-    copy_codes(codes, now_codes)
-    for r in range(error.shape[0]):
-        for k in range(error.shape[1]):
-            error[r, k] = now_error[r, k]
-
-
-@compiled
-def _same(a: Codes, b: Codes) -> bool:
-    for r in range(a.shape[0]):
-        for k in range(a.shape[1]):
-            if a[r, k] != b[r, k]:
-                return False
-    return True
-
-
-@compiled
-def solve_tile(
-    w: Floats,
-    frame: Frame,
-    prefix: Codes,
-    limits: Ints,
-    how: How,
-    given: bool,
-    unknowns: Floats,
-    codes: Codes,
-    error: Floats,
-) -> float:
-    """Fit one tile; returns its loss, the sum of error**2 with error = (w - levels) @ factor.
-
-    w: [R, n] targets; prefix: u8 [R, n], low bits of the codes that stay; given: unknowns and codes hold a start
-    already and are improved; unknowns [S+1], codes u8 [R, n], error [R, n] receive the best found. After the first fit,
-    `iterations` of walk and scale solve alternate (BPDQ, 2602.04163), then `polish` rounds of scale solve and
-    coordinate descent on the codes; the best state is kept throughout.
-    """
-    rows, n = w.shape
-    size, count = how.design.shape[1] + 1, how.design.shape[0]
-    levels, order, middles = np.empty(count), np.empty(count, np.int64), np.empty(count - 1)
-    best = 0.0
-    if given:
-        for r in range(rows):
-            best += _errors(w[r], codes[r], frame, unknowns, how, error[r])
-    else:
-        pooled, importance = np.empty(rows * n), np.empty(rows * n)
-        for r in range(rows):
-            for k in range(n):
-                pooled[r * n + k], importance[r * n + k] = w[r, k], frame.importance[k]
-        fit_values(pooled, importance, limits, how, unknowns)
-        set_levels(unknowns, how, levels, order, middles)
-        for r in range(rows):
-            best += _walk(w[r], frame, middles, levels, order, prefix[r], unknowns, how, codes[r], error[r])
-    if how.iterations + how.polish == 0:
-        return best
-    now, now_codes, now_error = np.empty(size), np.empty((rows, n), np.uint8), np.empty((rows, n))
-    _keep(now, now_codes, now_error, unknowns, codes, error)
-    last = np.empty((rows, n), np.uint8)
-    through, designs = np.empty((rows, n)), np.empty((rows, size, n))
-    for r in range(rows):
-        _through(w[r], frame.factor, through[r])
-    for _ in range(how.iterations):
-        loss = _refit(through, now_codes, frame, limits, how, now, designs, now_error)
-        if loss < best:
-            best = loss
-            _keep(unknowns, codes, error, now, now_codes, now_error)
-        set_levels(now, how, levels, order, middles)
-        copy_codes(last, now_codes)
-        loss = 0.0
-        for r in range(rows):
-            loss += _walk(w[r], frame, middles, levels, order, prefix[r], now, how, now_codes[r], now_error[r])
-        if loss < best:
-            best = loss
-            _keep(unknowns, codes, error, now, now_codes, now_error)
-        if _same(last, now_codes):
-            break
-    for _ in range(how.polish):
-        copy_codes(now_codes, codes)
-        loss = _refit(through, now_codes, frame, limits, how, now, designs, now_error)
-        if loss >= best:
-            _keep(now, now_codes, now_error, unknowns, codes, error)
-        set_levels(now, how, levels, order, middles)
-        loss = 0.0
-        for r in range(rows):
-            _descend(w[r], frame, now_error[r], now_codes[r], middles, levels, order, prefix[r], now, how)
-            loss += _errors(w[r], now_codes[r], frame, now, how, now_error[r])
-        if loss >= best * (1.0 - 1e-12):
-            break
-        best = loss
-        _keep(unknowns, codes, error, now, now_codes, now_error)
-    return best
-
-
-@compiled
-def solve_tiles(
-    start: int,
-    stop: int,
-    w: Floats,
-    tile_rows: int,
-    frame: Frame,
-    prefix: Codes,
-    limits: Ints,
-    how: How,
-    given: bool,
-    unknowns: Floats,
-    codes: Codes,
-    error: Floats,
-) -> None:
-    """Fit some tiles of a column group, see `solve_tile`; w [N, n], limits [T, 4], unknowns [T, S+1] of all T tiles."""
+    """Fit the scales and offsets of tiles to their targets w [N, n] alone, columns weighed by importance [n]."""
+    n = w.shape[1]
     for t in range(start, stop):
         a, b = t * tile_rows, min((t + 1) * tile_rows, w.shape[0])
-        solve_tile(w[a:b], frame, prefix[a:b], limits[t], how, given, unknowns[t], codes[a:b], error[a:b])
+        pooled, weight = np.empty((b - a) * n), np.empty((b - a) * n)
+        for r in range(a, b):
+            for k in range(n):
+                pooled[(r - a) * n + k], weight[(r - a) * n + k] = w[r, k], importance[k]
+        fit_values(pooled, weight, limits[t], how, unknowns[t])
+
+
+@compiled
+def solve_scales(
+    start: int, stop: int, normal: Floats, right: Floats, limits: Ints, how: How, unknowns: Floats
+) -> None:
+    """Solve the normal equations [T, S+1, S+1], [T, S+1] of tiles, rounded, see `solve_rounded`; ruins them."""
+    for t in range(start, stop):
+        solve_rounded(normal[t], right[t], unknowns[t], limits[t], how)
+
+
+@compiled
+def _nearest(x: Floats, book: Book, a: int, b: int, codes: Codes, levels: Floats) -> None:
+    """Write the code nearest to each x [b - a], of rows a up to b, and its level; ties go to the lower level."""
+    codes[:] = book.order[0, a:b]
+    levels[:] = book.levels[0, a:b]
+    for i in range(1, len(book.levels)):
+        middle, level, code = book.middles[i - 1, a:b], book.levels[i, a:b], book.order[i, a:b]
+        for r in range(len(x)):
+            above = x[r] > middle[r]
+            levels[r] = level[r] if above else levels[r]
+            codes[r] = code[r] if above else codes[r]
+
+
+@compiled
+def _searched(x: Floats, book: Book, a: int, b: int, codes: Codes, levels: Floats) -> None:
+    """Write the same as `_nearest`, by halving."""
+    for r in range(b - a):
+        place = first_not_below(book.middles[:, a + r], x[r])
+        codes[r], levels[r] = book.order[place, a + r], book.levels[place, a + r]
+
+
+@compiled
+def _nearest_extension(x: Floats, prefix: Codes, book: Book, a: int, b: int, codes: Codes, levels: Floats) -> None:
+    """Write the nearest of the codes whose low bits are the prefix, and its level."""
+    for r in range(b - a):
+        lowest = np.inf
+        for code in range(prefix[r], len(book.plain), 1 << book.frozen):
+            level = book.plain[code, a + r]
+            if abs(x[r] - level) < lowest:
+                codes[r], levels[r], lowest = code, level, abs(x[r] - level)
+
+
+@compiled
+def _choose(x: Floats, j: int, book: Book, a: int, b: int, codes: Codes, levels: Floats) -> None:
+    """Write the best codes and their levels for x [b - a], values wanted in column j of rows a up to b."""
+    if book.frozen > 0:
+        _nearest_extension(x, book.prefix[j, a:b], book, a, b, codes, levels)
+    elif len(book.levels) > _MANY:
+        _searched(x, book, a, b, codes, levels)
+    else:
+        _nearest(x, book, a, b, codes, levels)
+
+
+@compiled
+def _walk_rows(a: int, b: int, rest: Floats, upper: Floats, book: Book, codes: Codes, error: Floats) -> None:
+    level = np.empty(b - a)
+    for j in range(len(rest)):
+        x, e = rest[j, a:b], error[j, a:b]
+        _choose(x, j, book, a, b, codes[j, a:b], level)
+        inverse = 1.0 / upper[j, j]
+        for r in range(len(x)):
+            e[r] = (x[r] - level[r]) * inverse
+        for k in range(j + 1, len(rest)):
+            add_scaled(rest[k, a:b], -upper[j, k], e)
+
+
+@compiled
+def walk(start: int, stop: int, rest: Floats, upper: Floats, book: Book, codes: Codes, error: Floats) -> None:
+    """Code columns in turn for some rows, pushing each error into the later ones (GPTQ, 2210.17323, Alg. 1).
+
+    rest: [n, N] targets less what earlier columns pushed, used up; upper: [n, n]; codes, error: [n, N] receive codes
+    and errors.
+    """
+    for a in range(start, stop, _ROWS):
+        _walk_rows(a, min(a + _ROWS, stop), rest, upper, book, codes, error)
+
+
+@compiled
+def _descend_rows(a: int, b: int, slope: Floats, metric: Floats, book: Book, codes: Codes, values: Floats) -> None:
+    x, level = np.empty(b - a), np.empty(b - a)
+    for j in range(len(slope)):
+        now, change, inverse = slope[j, a:b], values[j, a:b], 1.0 / metric[j, j]
+        for r in range(len(x)):
+            x[r] = change[r] - now[r] * inverse
+        _choose(x, j, book, a, b, codes[j, a:b], level)
+        moved = 0.0
+        for r in range(len(x)):
+            change[r] = level[r] - change[r]
+            moved += abs(change[r])
+        if moved > 0.0:
+            for k in range(j + 1, len(slope)):
+                add_scaled(slope[k, a:b], metric[j, k], change)
+
+
+@compiled
+def descend(start: int, stop: int, slope: Floats, metric: Floats, book: Book, codes: Codes, values: Floats) -> None:
+    """Set each column's codes in turn, for some rows, to the minimisers of the rows' quadratic forms.
+
+    slope: [n, N], half the forms' derivatives by the columns' values, used up; metric: [n, n]; values: [n, N] those of
+    the codes, which are replaced by what they changed by.
+    """
+    for a in range(start, stop, _ROWS):
+        _descend_rows(a, min(a + _ROWS, stop), slope, metric, book, codes, values)

@@ -28,8 +28,6 @@ class How(NamedTuple):
     leads: Ints
     first: int
     rounds: int
-    iterations: int
-    polish: int
     feedback: bool
     sortable: bool
     frozen: int

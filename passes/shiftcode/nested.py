@@ -84,7 +84,7 @@ def _better(w: Tensor, metric: Metric, one: State, other: State, tiles: Tiles) -
     """Return each tile as it is in the better of two states: keep-best by groups does not protect a whole row."""
     losses = [tile_losses(w - values_of(s, metric, tiles), metric, tiles) for s in (one, other)]
     worse = losses[0] > losses[1]
-    rows = worse.repeat_interleave(tiles.spec.row_group)[: w.shape[0]]
+    rows = tiles.rows(worse, w.shape[0])
     unknowns = torch.where(worse[:, None, None], other.unknowns, one.unknowns)
     return State(unknowns, torch.where(rows[:, None], other.codes, one.codes))
 

@@ -1,6 +1,6 @@
 """The layer-wise shift-add solver: GPTQ's column loop over all rows at once, with binary coding fitted inside the loop.
 
-Columns are taken group by group; what happens inside a group, tile by tile, is compiled (`passes.shiftcode.kernels`).
+Columns are taken group by group; what happens inside a group is `passes.shiftcode.group_fit`.
 All arithmetic is float64.
 """
 
@@ -15,9 +15,10 @@ from torch import Tensor
 from ir.errors import UsageError
 from ir.ops.shiftcode import ShiftCodes, dequantize, encode, group_count
 from passes.quantize.hessian import PreparedHessian, inverse_factor, prepare
+from passes.shiftcode.group_fit import fit_tiles
 from passes.shiftcode.joint import refit_scales
 from passes.shiftcode.spec import ShiftSpec
-from passes.shiftcode.tiles import Tiles, fit_tiles, levels_of, tiles_of
+from passes.shiftcode.tiles import Tiles, levels_of, tiles_of
 
 # Rows worked on at once: 2**24 weights are 128 MiB in float64.
 _WEIGHTS_AT_ONCE = 1 << 24
@@ -235,8 +236,7 @@ def values_of(state: State, metric: Metric, tiles: Tiles) -> Tensor:
 
 def tile_losses(error: Tensor, metric: Metric, tiles: Tiles) -> Tensor:
     """Return e H e^T summed over the rows of each tile, [T], for errors [N, K] in processing order."""
-    rows = ((error @ metric.prepared.matrix) * error).sum(1)
-    return torch.stack([part.sum() for part in rows.split(tiles.spec.row_group)])
+    return tiles.sums(((error @ metric.prepared.matrix) * error).sum(1))
 
 
 def _sweep(w: Tensor, metric: Metric, state: State, tiles: Tiles) -> None:

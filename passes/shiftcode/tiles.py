@@ -1,21 +1,16 @@
-"""Fitting the tiles of one column group: the door between tensors and the compiled loops."""
+"""How the tiles of a column group are fitted, and what their codes stand for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from passes.shiftcode import kernels
 from passes.shiftcode.design import Design
 from passes.shiftcode.levels import How
 from passes.shiftcode.rounding import Ints, Rounding, limits_of, rounding_table
 from passes.shiftcode.spec import ShiftSpec
-from passes.shiftcode.threads import over_tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +31,29 @@ class Tiles:
         """Scales a set, without the offset."""
         return int(self.design.matrix.shape[1])
 
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return len(self.limits)
+
+    def some(self, start: int, stop: int) -> Tiles:
+        """Return how tiles `start` up to `stop` of these are fitted."""
+        return replace(self, limits=self.limits[start:stop])
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """Return the sums [T] over the rows of each tile of values [N]."""
+        step = self.spec.row_group
+        if step == 1:
+            return rows
+        whole = rows.new_zeros(self.count * step)
+        whole[: rows.shape[0]] = rows
+        return whole.view(self.count, step).sum(1)
+
+    def rows(self, tiles: Tensor, count: int) -> Tensor:
+        """Return values [T, ...] of tiles for each of their `count` rows, [N, ...]."""
+        step = self.spec.row_group
+        return tiles if step == 1 else tiles.repeat_interleave(step, 0)[:count]
+
     def how(self) -> How:
         """Return the same in the form compiled code takes."""
         spec, design = self.spec, self.design
@@ -45,24 +63,10 @@ class Tiles:
             *self.rounding,
             0 if spec.offset else 1,
             spec.rounds,
-            spec.iterations,
-            spec.polish,
             spec.feedback,
             design.sortable,
             self.frozen,
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """The best found for one group: unknowns float64 [T, S+1], offset first; codes u8 [N, n]; error float64 [N, n].
-
-    error: (targets - levels) @ factor, whose squares sum to the loss and which later columns compensate.
-    """
-
-    unknowns: Tensor
-    codes: Tensor
-    error: Tensor
 
 
 def tiles_of(weight: Tensor, spec: ShiftSpec, frozen: int = 0) -> Tiles:
@@ -70,34 +74,11 @@ def tiles_of(weight: Tensor, spec: ShiftSpec, frozen: int = 0) -> Tiles:
     return Tiles(spec, spec.design(), rounding_table(spec.terms), limits_of(weight, spec.row_group), frozen)
 
 
-def fit_tiles(
-    w: Tensor, upper: Tensor, factor: Tensor, tiles: Tiles, given: tuple[Tensor, Tensor] | None = None
-) -> Fit:
-    """Fit targets w [N, n] under the metric factor @ factor.T with upper = factor^-1, both upper triangular.
-
-    given: unknowns and codes to improve instead of fitting anew; with frozen planes the codes' low bits stay.
-    """
-    spec, count = tiles.spec, tiles.limits.shape[0]
-    rows, n = w.shape
-    unknowns = np.zeros((count, tiles.scales + 1)) if given is None else given[0].numpy().copy()
-    codes = np.zeros((rows, n), np.uint8) if given is None else given[1].numpy().copy()
-    error = np.empty((rows, n))
-    prefix, frame = codes & np.uint8((1 << tiles.frozen) - 1), _frame(upper, factor, spec)
-    task = (_array(w), spec.row_group, frame, prefix, tiles.limits, tiles.how(), given is not None)
-    over_tiles(count, lambda start, stop: kernels.solve_tiles(start, stop, *task, unknowns, codes, error))
-    return Fit(torch.from_numpy(unknowns), torch.from_numpy(codes), torch.from_numpy(error))
-
-
-def _frame(upper: Tensor, factor: Tensor, spec: ShiftSpec) -> kernels.Frame:
-    importance = 1.0 / upper.diagonal().square() if spec.weighted else torch.ones_like(upper.diagonal())
-    return kernels.Frame(*map(_array, (upper, factor, factor.sum(0), factor @ factor.T, importance)))
-
-
-def _array(tensor: Tensor) -> NDArray[Any]:
-    return tensor.contiguous().numpy()
+def code_levels(unknowns: Tensor, tiles: Tiles) -> Tensor:
+    """Return the weight that every code stands for in each tile, float64 [T, codes]; unknowns [T, S+1]."""
+    return unknowns[:, :1] + unknowns[:, 1:] @ torch.from_numpy(tiles.design.matrix).T
 
 
 def levels_of(unknowns: Tensor, codes: Tensor, tiles: Tiles) -> Tensor:
     """Return the weights of codes [N, n] of one group, float64; unknowns [T, S+1]."""
-    levels = unknowns[:, :1] + unknowns[:, 1:] @ torch.from_numpy(tiles.design.matrix).T
-    return levels.repeat_interleave(tiles.spec.row_group, 0)[: codes.shape[0]].gather(1, codes.long())
+    return tiles.rows(code_levels(unknowns, tiles), codes.shape[0]).gather(1, codes.long())
