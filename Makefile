@@ -10,6 +10,8 @@ MODEL ?= smollm2-135m
 PASSES ?= shiftadd{starts=1 rounds=5 polish=0 sweeps=0},fold
 SAMPLES ?= 16
 PROMPT ?= The capital of France is
+# Tests run on this many cores; 0 runs them in one process.
+WORKERS ?= auto
 PYTEST_ARGS ?=
 
 .PHONY: help venv test test-fast test-real lint format demo clean
@@ -41,12 +43,12 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# tests/conftest.py puts the real-model tests last, so one run gives the quick answers first and one closing line.
+# tests/conftest.py puts the real-model tests last, so a run gives the quick answers first.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: venv
-	$(BIN)/python -m pytest -m "not real and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not real and not slow" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-real: venv
 	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)

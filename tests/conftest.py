@@ -21,7 +21,10 @@ settings.register_profile("fixed", deadline=None, derandomize=True, database=Non
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Workers side by side take one core each, and so do the processes they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put slow tests after quick ones and real-model tests last, so that a plain mistake shows early."""
+    """Put slow tests after quick ones and real-model tests last, so that a plain mistake shows early.
+
+    Tests on real models stay with one worker: each holds gigabytes, and the first one fetches.
+    """
+    for item in items:
+        if item.get_closest_marker("real") is not None:
+            item.add_marker(pytest.mark.xdist_group("real"))
     items.sort(
         key=lambda item: (item.get_closest_marker("real") is not None, item.get_closest_marker("slow") is not None)
     )
