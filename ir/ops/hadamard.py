@@ -122,25 +122,29 @@ def _known(order: int) -> tuple[int, ...]:
 def _merged(order: int) -> tuple[Tensor, ...]:
     """Return matrices whose Kronecker product is H: neighbouring factors are one matrix up to `_AT_A_TIME` channels."""
     matrices: list[Tensor] = []
-    for factor in _known(order):
+    for factor in reversed(_known(order)):
         matrix = _factor_matrix(factor)
-        if matrices and matrices[-1].shape[0] * factor <= _AT_A_TIME:
-            matrices[-1] = torch.kron(matrices[-1], matrix)
+        if matrices and matrices[0].shape[0] * factor <= _AT_A_TIME:
+            matrices[0] = torch.kron(matrix, matrices[0])
         else:
-            matrices.append(matrix)
+            matrices.insert(0, matrix)
     return tuple(matrices)
 
 
 def _transform(x: Tensor, order: int, transposed: bool) -> Tensor:
-    """Return H x (or H^T x) for every block of `order` channels of x [..., K], one Kronecker factor after another.
+    """Return H x (or H^T x) for every block of `order` channels of x [rows, K], one Kronecker factor after another.
 
-    Each factor turns the innermost axis, which then becomes the outermost: after all of them the order is as before.
+    A factor turns an axis of what precedes it, its own channels and what follows: no values have to change places.
     """
-    turned = x.reshape(-1, order)
+    turned, after = x, 1
     for matrix in reversed(_merged(order)):
         size = matrix.shape[0]
-        turned = turned.reshape(-1, size) @ (matrix if transposed else matrix.T).to(x)
-        turned = turned.reshape(-1, order // size, size).transpose(1, 2).reshape(-1, order)
+        factor = (matrix.T if transposed else matrix).to(x)
+        if after == 1:
+            turned = turned.reshape(-1, size) @ factor.T
+        else:
+            turned = factor @ turned.view(-1, size, after)
+        after *= size
     return turned.reshape(x.shape)
 
 
@@ -149,8 +153,8 @@ def _turned(x: Tensor, keep: Tensor, order: int, transposed: bool) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     diagonal = torch.where(keep, 1, -1).to(wide)
     if transposed:
-        return (_transform(wide, order, transposed) * diagonal).to(x.dtype)
-    return _transform(wide * diagonal, order, transposed).to(x.dtype)
+        return _transform(wide, order, transposed) * diagonal
+    return _transform(wide * diagonal, order, transposed)
 
 
 @torch.library.custom_op("nomul::hadamard", mutates_args=())
@@ -167,10 +171,13 @@ def hadamard(x: Tensor, signs: Tensor, order: int, transposed: bool = False) -> 
     if order < 1 or width % order:
         raise UsageError(f"blocks of {order} do not divide {width} channels", where="nomul::hadamard")
     keep = unpack_bits(signs, 1, width).bool()
-    rows = x.reshape(-1, width).split(max(1, _AT_ONCE // width))
+    rows, out = x.reshape(-1, width), torch.empty_like(x, memory_format=torch.contiguous_format)
+    parts = max(1, _AT_ONCE // width)
     # Sums of rounded terms would not be this rotation, whatever precision other products are taken in.
     with products_in("float32"):
-        return torch.cat([_turned(part, keep, order, transposed) for part in rows]).reshape(x.shape)
+        for part, into in zip(rows.split(parts), out.view(-1, width).split(parts), strict=True):
+            into.copy_(_turned(part, keep, order, transposed))
+    return out
 
 
 @hadamard.register_fake
