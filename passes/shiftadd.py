@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -14,12 +14,10 @@ from torch import Tensor, fx
 from ir.analysis import LinearSite, blocks, sibling_sites
 from ir.ops.codes import group_count, part_types
 from ir.ops.hadamard import block_order
-from ir.ops.nested import NestedCodes
 from ir.ops.packing import pack_bits
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.bits import Bits
-from passes.checkpoint import load_block, save_block
 from passes.equiv.turns import random_signs
 from passes.pipeline import Item
 from passes.quantize.hessian import Gram
@@ -27,7 +25,8 @@ from passes.quantize.salience import row_energy
 from passes.quantize.targets import Moments, empty_moments
 from passes.rotation import plan_rotation, rotate_sites
 from passes.shiftcode.budget import choose
-from passes.shiftcode.siblings import Fitting, Solved, fit_siblings, kept, quick, restored
+from passes.shiftcode.siblings import Fitting, fit_siblings, quick
+from passes.shiftcode.solved import Solved, put_solved, restore_solved, save_solved
 from passes.shiftcode.solver import metric_of, solve
 from passes.shiftcode.spec import MOST_TRITS, ShiftSpec
 from passes.sites import (
@@ -35,8 +34,6 @@ from passes.sites import (
     check_skip,
     choose_sites,
     outside_blocks,
-    put_nested_codes,
-    put_shift_codes,
     weights_of,
 )
 from passes.stream import Step, walk
@@ -221,8 +218,8 @@ class ShiftAdd(Pass):
             return
         for walked in walk(program, ctx, "both" if self._both else "compressed", self.name):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
-            if not _restore(program, sites, ctx, walked.block.index):
-                _save(ctx, walked.block.index, self._solve(program, walked, sites, ctx))
+            if not restore_solved(program, sites, self.name, ctx, walked.block.index):
+                save_solved(ctx, walked.block.index, self._solve(program, walked, sites, ctx))
 
     def _run_free(self, program: Program, ctx: Context) -> None:
         step = ctx.log.progress(len(blocks(program)), self.name)
@@ -231,7 +228,7 @@ class ShiftAdd(Pass):
             solved: dict[str, Solved] = {}
             for group in sibling_sites(sites):
                 solved |= self._put(program, group, None, ctx)
-            _save(ctx, block.index, solved)
+            save_solved(ctx, block.index, solved)
             step()
 
     def _solve(self, program: Program, walked: Step, sites: list[LinearSite], ctx: Context) -> dict[str, Solved]:
@@ -259,7 +256,7 @@ class ShiftAdd(Pass):
         rows = fit_siblings(weights_of(program, group, self.name), group, moments, how)
         solved = {row.site.node.name: row for row in rows}
         for row in rows:
-            _put(program, row, ctx)
+            put_solved(program, row, self.name, ctx)
         return solved
 
     def stored_bytes(self, site: LinearSite, bits: int) -> int:
@@ -322,38 +319,3 @@ def _rotated(weight: Tensor, gram: Gram | None, seed: int) -> tuple[Tensor, Gram
 
 def _block_nodes(program: Program) -> list[fx.Node]:
     return [n for block in blocks(program) for n in block.nodes]
-
-
-def _put(program: Program, row: Solved, ctx: Context) -> None:
-    if isinstance(row.codes, NestedCodes):
-        put_nested_codes(program, row.site, row.codes, ShiftAdd.name)
-    else:
-        put_shift_codes(program, row.site, row.codes, ShiftAdd.name)
-    if row.fallback:
-        ctx.log.skip(row.site.name, row.fallback)
-    ctx.log.report(site=row.site.name, **row.figures)
-
-
-def _save(ctx: Context, index: int, solved: Mapping[str, Solved]) -> None:
-    """Keep a block's codes, by the name of the node they replaced, for a run that resumes this one."""
-    tensors: dict[str, Tensor] = {}
-    facts: dict[str, object] = {}
-    for stem, row in solved.items():
-        parts, rest = kept(row.codes)
-        tensors.update({f"{stem}/{name}": tensor for name, tensor in parts.items()})
-        facts[stem] = {"codes": rest, "figures": row.figures, "fallback": row.fallback}
-    save_block(ctx.work, index, tensors, facts)
-
-
-def _restore(program: Program, sites: list[LinearSite], ctx: Context, index: int) -> bool:
-    """Put a block's codes from an earlier run in place, as that run did; return whether there were any."""
-    found = load_block(ctx.work, index)
-    if found is None:
-        return False
-    tensors, facts = found
-    for site in (site for group in sibling_sites(sites) for site in group):
-        fact, stem = facts[site.node.name], f"{site.node.name}/"
-        assert isinstance(fact, dict)
-        parts = {name.removeprefix(stem): t for name, t in tensors.items() if name.startswith(stem)}
-        _put(program, Solved(site, restored(parts, fact["codes"]), fact["figures"], fact["fallback"]), ctx)
-    return True

@@ -140,10 +140,7 @@ def _transform(x: Tensor, order: int, transposed: bool) -> Tensor:
     for matrix in reversed(_merged(order)):
         size = matrix.shape[0]
         factor = (matrix.T if transposed else matrix).to(x)
-        if after == 1:
-            turned = turned.reshape(-1, size) @ factor.T
-        else:
-            turned = factor @ turned.view(-1, size, after)
+        turned = turned.reshape(-1, size) @ factor.T if after == 1 else factor @ turned.view(-1, size, after)
         after *= size
     return turned.reshape(x.shape)
 

@@ -1,10 +1,9 @@
-"""Fitting the linears that read one input: stacked where they can be, on data where there is some, and kept on disk."""
+"""Fitting the linears that read one input: stacked where they can be, on data where there is some."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,22 +14,10 @@ from ir.ops.nested import NestedCodes, take_nested_rows
 from ir.ops.shiftcode import ShiftCodes, take_rows
 from passes.quantize.targets import Moments, corrected
 from passes.shiftcode.nested import solve_nested
+from passes.shiftcode.solved import Codes, Solved
 from passes.shiftcode.solver import Metric, metric_of, relative_loss, solve
 from passes.shiftcode.spec import ShiftSpec
 from passes.sites import figures
-
-Codes = ShiftCodes | NestedCodes
-_STORED = ("signs", "scales", "exponents", "offsets")
-
-
-@dataclass(frozen=True, eq=False)
-class Solved:
-    """A site with its codes and the figures to report; fallback: why it was fitted without data, or empty."""
-
-    site: LinearSite
-    codes: Codes
-    figures: Mapping[str, float]
-    fallback: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,34 +89,6 @@ def _rows(codes: Codes, start: int, stop: int) -> Codes:
 
 def _whole(codes: Codes) -> ShiftCodes:
     return codes.at(codes.precisions[-1]) if isinstance(codes, NestedCodes) else codes
-
-
-def kept(codes: Codes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the JSON-able rest of codes, from which `restored` makes them again."""
-    tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
-    for f in fields(codes):
-        value = getattr(codes, f.name)
-        if isinstance(value, Tensor):
-            tensors[f.name] = value
-        elif f.name in _STORED and value is not None:
-            tensors.update({f"{f.name}.{i}": t for i, t in enumerate(value)})
-        elif f.name not in _STORED:
-            facts[f.name] = value
-    return tensors, facts
-
-
-def restored(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Codes:
-    """Return the codes that `kept` took apart."""
-    if "precisions" not in facts:
-        parts: dict[str, Any] = {name: tensors.get(name) for name in _STORED}
-        return ShiftCodes(**parts, **facts)
-    lists: dict[str, Any] = {
-        name: tuple(tensors[f"{name}.{i}"] for i in range(len(facts["precisions"])) if f"{name}.{i}" in tensors)
-        for name in _STORED[1:]
-    }
-    facts = {**facts, "precisions": tuple(facts["precisions"])}
-    return NestedCodes(tensors["signs"], **lists, **facts)
 
 
 def quick(spec: ShiftSpec) -> ShiftSpec:

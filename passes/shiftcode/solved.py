@@ -1,0 +1,95 @@
+"""Solved codes of a block: put into the program, and kept on disk for a run that resumes this one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from ir.analysis import LinearSite, sibling_sites
+from ir.ops.nested import NestedCodes
+from ir.ops.shiftcode import ShiftCodes
+from ir.program import Program
+from passes.base import Context
+from passes.checkpoint import load_block, save_block
+from passes.sites import put_nested_codes, put_shift_codes
+
+Codes = ShiftCodes | NestedCodes
+_STORED = ("signs", "scales", "exponents", "offsets")
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A site with its codes and the figures to report; fallback: why it was fitted without data, or empty."""
+
+    site: LinearSite
+    codes: Codes
+    figures: Mapping[str, float]
+    fallback: str = ""
+
+
+def put_solved(program: Program, row: Solved, pass_name: str, ctx: Context) -> None:
+    """Put a site's codes in place of its weight and report them; pass_name: of the pass, for the program's record."""
+    if isinstance(row.codes, NestedCodes):
+        put_nested_codes(program, row.site, row.codes, pass_name)
+    else:
+        put_shift_codes(program, row.site, row.codes, pass_name)
+    if row.fallback:
+        ctx.log.skip(row.site.name, row.fallback)
+    ctx.log.report(site=row.site.name, **row.figures)
+
+
+def save_solved(ctx: Context, index: int, solved: Mapping[str, Solved]) -> None:
+    """Keep a block's codes, by the name of the node they replaced, for a run that resumes this one."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, object] = {}
+    for stem, row in solved.items():
+        parts, rest = _kept(row.codes)
+        tensors.update({f"{stem}/{name}": tensor for name, tensor in parts.items()})
+        facts[stem] = {"codes": rest, "figures": row.figures, "fallback": row.fallback}
+    save_block(ctx.work, index, tensors, facts)
+
+
+def restore_solved(program: Program, sites: list[LinearSite], pass_name: str, ctx: Context, index: int) -> bool:
+    """Put a block's codes from an earlier run in place, as that run did; return whether there were any."""
+    found = load_block(ctx.work, index)
+    if found is None:
+        return False
+    tensors, facts = found
+    for site in (site for group in sibling_sites(sites) for site in group):
+        fact, stem = facts[site.node.name], f"{site.node.name}/"
+        assert isinstance(fact, dict)
+        parts = {name.removeprefix(stem): t for name, t in tensors.items() if name.startswith(stem)}
+        row = Solved(site, _restored(parts, fact["codes"]), fact["figures"], fact["fallback"])
+        put_solved(program, row, pass_name, ctx)
+    return True
+
+
+def _kept(codes: Codes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the JSON-able rest of codes, from which `_restored` makes them again."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for f in fields(codes):
+        value = getattr(codes, f.name)
+        if isinstance(value, Tensor):
+            tensors[f.name] = value
+        elif f.name in _STORED and value is not None:
+            tensors.update({f"{f.name}.{i}": t for i, t in enumerate(value)})
+        elif f.name not in _STORED:
+            facts[f.name] = value
+    return tensors, facts
+
+
+def _restored(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Codes:
+    """Return the codes that `_kept` took apart."""
+    if "precisions" not in facts:
+        parts: dict[str, Any] = {name: tensors.get(name) for name in _STORED}
+        return ShiftCodes(**parts, **facts)
+    lists: dict[str, Any] = {
+        name: tuple(tensors[f"{name}.{i}"] for i in range(len(facts["precisions"])) if f"{name}.{i}" in tensors)
+        for name in _STORED[1:]
+    }
+    facts = {**facts, "precisions": tuple(facts["precisions"])}
+    return NestedCodes(tensors["signs"], **lists, **facts)
