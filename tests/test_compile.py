@@ -13,15 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 
 import ir.artifact
 import passes.shiftadd
 import tools.build
+from frontend.open import open_model
 from passes import pass_names
+from tests.gguf_files import tiny_model, write_model
 from tests.hf_folder import change_weights, some_text, weights_of, write_folder
 from tools.compile import main
 from tools.entry import run
+from tools.storage import storage
 
 pytestmark = pytest.mark.usefixtures("own_cache", "quick_builtin")
 
@@ -98,6 +102,16 @@ def test_an_artifact_is_whole(tiny_hf: Path, tmp_path: Path, capsys: pytest.Capt
     text = capsys.readouterr()
     assert "14 sites" in text.out and "gate      passed" in text.out and "time      " in text.out
     assert "tracing" not in text.out and "shiftadd 2/2" in text.err
+
+
+def test_what_is_stored_is_what_the_artifact_holds(tmp_path: Path) -> None:
+    # Eight-bit weights of a checkpoint are float32 in the artifact, where no pass made codes of them.
+    kinds = {"weight": GGMLQuantizationType.Q8_0}
+    model = write_model(tmp_path / "m.gguf", tiny_model("llama"), "llama", kinds)
+    assert compile_(model, tmp_path / "out", RTN, "--no-gate") == 0
+    opened = open_model(str(tmp_path / "out")).program
+    assert report(tmp_path / "out")["totals"].items() >= storage(opened).as_json().items()
+    assert storage(open_model(str(model)).program).total_bytes < opened.params.total_bytes()
 
 
 def test_the_work_of_a_token_is_told_before_and_after_each_pass(

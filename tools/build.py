@@ -246,7 +246,7 @@ def _finish(
             note(line)
         if options.dump_ir != "none":
             shutil.copytree(work / "ir", partial / "ir")
-        totals = storage(model.program).as_json() | {"artifact_bytes": _size(partial)}
+        totals = storage(model.program, written=True).as_json() | {"artifact_bytes": _size(partial)}
         settings = _settings(options, data)
         _write_manifest(partial, options, planned, model, hashes, quality, settings)
         report = Report(

@@ -86,23 +86,26 @@ class Storage:
         }
 
 
-def storage(program: Program) -> Storage:
-    """Return what a program's weights take in their files: for a checkpoint the bytes of its own format."""
+def storage(program: Program, written: bool = False) -> Storage:
+    """Return what a program's weights take in their files: for a checkpoint the bytes of its own format.
+
+    written: as an artifact stores them instead, which decodes the formats of checkpoints.
+    """
     compressed = {node: _code_params(node) for node in program.graph.nodes if _is_compressed(node)}
     floats = {site.node: site for site in linear_sites(program, program.graph.nodes)[0]}
     sites = []
     for node in program.graph.nodes:
         if node in compressed:
-            sites.append(_compressed_site(program, node, compressed[node]))
+            sites.append(_compressed_site(program, node, compressed[node], written))
         elif node in floats:
             site = floats[node]
-            size = _stored_bytes(program, [site.weight])
+            size = _stored_bytes(program, [site.weight], written)
             sites.append(Site(site.name, op_name(node.target), site.rows, site.inputs, None, None, None, size))
     coded = {name for names in compressed.values() for name in names}
     plain = [name for name in program.params if name not in coded]
     dense = sum(math.prod(int(d) for d in program.params.type_of(name).dims) for name in plain)
     weights = dense + sum(s.weights for s in sites if s.compressed)
-    return Storage(tuple(sites), _stored_bytes(program, program.params), weights)
+    return Storage(tuple(sites), _stored_bytes(program, program.params, written), weights)
 
 
 def _is_compressed(node: fx.Node) -> bool:
@@ -111,12 +114,12 @@ def _is_compressed(node: fx.Node) -> bool:
     return is_linear and target.namespace == "nomul" and not is_call(node, *_DENSE)  # type: ignore[union-attr]
 
 
-def _compressed_site(program: Program, node: fx.Node, names: list[str]) -> Site:
+def _compressed_site(program: Program, node: fx.Node, names: list[str], written: bool) -> Site:
     values = arguments(node)
     rows, inputs = (int(tensor_type_of(n).dims[-1]) for n in (node, values["x"]))
     planes = tensor_type_of(values["signs"]).dims[0] if "signs" in values else None
     figures = {key: values[key] if isinstance(values.get(key), int) else None for key in ("bits", "group")}
-    size = _stored_bytes(program, names)
+    size = _stored_bytes(program, names, written)
     plane_count = None if planes is None else int(planes)
     return Site(
         site_name(node), op_name(node.target), rows, inputs, figures["bits"], plane_count, figures["group"], size
@@ -127,7 +130,9 @@ def _code_params(node: fx.Node) -> list[str]:
     return [str(code.target) for codes in code_nodes(node).values() for code in codes]
 
 
-def _stored_bytes(program: Program, names: Iterable[str]) -> int:
+def _stored_bytes(program: Program, names: Iterable[str], written: bool) -> int:
+    if written:
+        return sum(program.params.nbytes(name) for name in names)
     entries = [program.params.entry(name) for name in names]
     return sum(entry.source.stored_bytes(entry.key) for entry in entries)
 
