@@ -34,7 +34,8 @@ def test_chunks_of_columns_and_pieces_of_rows_do_not_change_the_fit(
     start = (draw(tiles.count, 4, seed=1).abs() * 0.03, random_codes(8, 37, tiles.spec)) if given else None
     whole = fit_tiles(w, upper, factor, tiles, start)
     monkeypatch.setattr(group_fit, "_CHUNK", 5)
-    monkeypatch.setattr(group_fit, "_WEIGHTS_AT_ONCE", 3 * 37)
+    monkeypatch.setattr(group_fit, "_WEIGHTS", 3 * 37)
+    monkeypatch.setattr(group_fit, "_ROWS", 3)
     parts = fit_tiles(w, upper, factor, tiles, start)
     assert torch.equal(parts.codes, whole.codes)
     torch.testing.assert_close(parts.unknowns, whole.unknowns, rtol=1e-12, atol=0)

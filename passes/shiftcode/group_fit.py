@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from passes.shiftcode import kernels
-from passes.shiftcode.threads import over_tiles
+from passes.shiftcode.threads import side_by_side
 from passes.shiftcode.tiles import Tiles, code_levels, levels_of
 
 # Columns that compiled loops take at once; what they mean for those of later chunks is one product.
 _CHUNK = 128
-# Rows worked on at once: 2**20 weights are 8 MiB in float64, of which a scale solve holds a handful.
-_WEIGHTS_AT_ONCE = 1 << 20
+# What one core works on at once, at least: enough that calls do not count, little enough to stay in its caches.
+_WEIGHTS, _ROWS = 1 << 15, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,19 +61,19 @@ def fit_tiles(
     first fit, `iterations` of scale solve and walk alternate (BPDQ, 2602.04163), then `polish` rounds of scale solve
     and coordinate descent on the codes. Each tile keeps its best state throughout.
     """
-    metric, step, found = factor @ factor.T, tiles.spec.row_group, []
-    rows = max(1, _WEIGHTS_AT_ONCE // w.shape[1] // step) * step
-    for start in range(0, w.shape[0], rows):
-        part, first = slice(start, start + rows), start // step
-        mine = tiles.some(first, first + rows // step)
-        codes = torch.zeros(w[part].shape, dtype=torch.uint8) if given is None else given[1][part]
-        prefix = (codes & ((1 << tiles.frozen) - 1)).contiguous()
-        group = Group(w[part].contiguous(), upper, factor, metric, prefix, mine)
-        if given is None:
-            best = _first(group)
-        else:
-            best = _state(group, given[0][first : first + rows // step].contiguous(), codes.contiguous())
-        found.append(_polished(group, _iterated(group, best)))
+    metric, step = factor @ factor.T, tiles.spec.row_group
+    size = max(1, max(_ROWS, _WEIGHTS // w.shape[1]) // step)
+
+    def fit(piece: int) -> Fit:
+        first, last = piece * size, (piece + 1) * size
+        part = slice(first * step, last * step)
+        codes = torch.zeros(w[part].shape, dtype=torch.uint8) if given is None else given[1][part].contiguous()
+        prefix = codes & ((1 << tiles.frozen) - 1)
+        group = Group(w[part].contiguous(), upper, factor, metric, prefix, tiles.some(first, last))
+        best = _first(group) if given is None else _state(group, given[0][first:last].contiguous(), codes)
+        return _polished(group, _iterated(group, best))
+
+    found = side_by_side(-(-tiles.count // size), fit)
     return Fit(*(torch.cat(parts) for parts in zip(*((f.unknowns, f.codes, f.error) for f in found), strict=True)))
 
 
@@ -192,6 +192,5 @@ def _better(group: Group, best: Fit, now: Fit) -> Fit:
 
 
 def _run(loop: Callable[..., None], count: int, *arguments: Any) -> None:
-    """Run a compiled loop over `count` tiles or rows on all cores; tensors are handed over without a copy."""
-    task = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
-    over_tiles(count, lambda start, stop: loop(start, stop, *task))
+    """Run a compiled loop over `count` tiles or rows; tensors are handed over without a copy."""
+    loop(0, count, *[a.numpy() if isinstance(a, Tensor) else a for a in arguments])
