@@ -1,8 +1,8 @@
 """The solver's compiled inner loops: what goes column by column or tile by tile and is no matrix product.
 
 A tile is the weights that share a set of scales: R rows by the columns of a group. Tiles and rows are independent, so
-every loop takes a range of them. Where columns are taken in turn they come first in the arrays, so that a step of a loop
-is one instruction on several rows. All arithmetic is float64.
+every loop takes a range of them. Where columns are taken in turn they come first in the arrays, so that a step of a
+loop is one instruction on several rows. All arithmetic is float64.
 """
 
 from __future__ import annotations
