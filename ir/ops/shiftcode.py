@@ -169,13 +169,19 @@ def encode(
             why=f"they are {list(alpha.shape)} and {None if offset is None else list(offset.shape)}",
         )
     alpha = alpha.double()
-    flip = expand_groups(expand_rows(alpha < 0, row_group, rows).permute(2, 0, 1), group, inputs)
-    if kind.trits:
-        packed = pack_trits(torch.where(flip, -signs, signs))
-    else:
-        packed = pack_bits(((signs > 0) ^ flip).to(torch.uint8), 1)
+    flip = expand_rows(alpha < 0, row_group, rows).permute(2, 0, 1).expand(planes, -1, -1)
+    # Plane by plane: packing takes several times the memory of what it packs.
+    turned = (expand_groups(one, group, inputs) for one in flip)
+    packed = torch.stack([_packed(p, t, kind.trits) for p, t in zip(signs, turned, strict=True)])
     scales, offsets, exponents = _encode_scales(alpha.flatten(1).abs(), offset, terms)
     return ShiftCodes(packed, scales, exponents, offsets, group, terms, inputs, row_group, code)
+
+
+def _packed(plane: Tensor, flip: Tensor, trits: bool) -> Tensor:
+    """Return one plane [N, K], turned around where flip [N, K] is set, as bits or trits."""
+    if trits:
+        return pack_trits(torch.where(flip, -plane, plane))
+    return pack_bits(((plane > 0) ^ flip).to(torch.uint8), 1)
 
 
 def encode_uniform(

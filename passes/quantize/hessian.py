@@ -64,19 +64,21 @@ def prepare(matrix: Tensor, damp: float = 0.01, *, tokens: int = 0, site: str = 
             "the Hessian must be a finite square matrix", where=site, why="calibration gave NaN or infinity"
         )
     h = matrix.double()
-    h = (h + h.T) / 2
+    h = (h + h.T).div_(2)
     dead = h.diagonal() <= 0
     live = h.diagonal()[~dead]
     mean = float(live.mean()) if live.numel() else 1.0
     h[dead, :] = 0.0
     h[:, dead] = 0.0
     h.diagonal()[dead] = _DEAD_SHARE * mean
+    diagonal = h.diagonal().clone()
     while True:
-        damped = h + damp * mean * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
-        upper = inverse_factor(damped)
+        h.diagonal().copy_(diagonal + damp * mean)
+        upper = inverse_factor(h)
         if upper is not None:
-            return PreparedHessian(dead, damped, upper, damp)
+            return PreparedHessian(dead, h, upper, damp)
         if damp >= 1.0:
+            h.diagonal().copy_(diagonal)
             raise _singular(h, tokens, site)
         damp = min(1.0, max(damp * 10, 1e-4))
 
@@ -87,11 +89,12 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
     One Cholesky factor of the matrix with both dims reversed gives matrix = R R^T, R upper, hence U = R^-1: the inverse
     itself, whose rounding would be squared, is never formed.
     """
-    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    factor, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if int(info) != 0:
         return None
+    factor = factor.flip(0, 1)
     eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    upper = torch.linalg.solve_triangular(factor, eye, upper=True)
     return upper if bool(torch.isfinite(upper).all()) else None
 
 

@@ -23,6 +23,8 @@ from passes.shiftcode.tiles import Tiles, levels_of, tiles_of
 # Rows worked on at once: 2**24 weights are 128 MiB in float64.
 _WEIGHTS_AT_ONCE = 1 << 24
 _LAZY_COLUMNS = 128
+# Rows of a product that replaces its left factor: large enough for the product's speed, small beside a layer.
+_ROWS_IN_PLACE = 512
 
 
 @dataclass
@@ -242,7 +244,9 @@ def tile_losses(error: Tensor, metric: Metric, tiles: Tiles) -> Tensor:
 def _sweep(w: Tensor, metric: Metric, state: State, tiles: Tiles) -> None:
     """Improve every group once with all others fixed, in place; tr(E H E^T) of a tile never rises."""
     h, q = metric.prepared.matrix, values_of(state, metric, tiles)
-    gradient = (q - w) @ h
+    gradient = q - w
+    for rows in gradient.split(_ROWS_IN_PLACE):
+        rows.copy_(rows @ h)
     one = replace(tiles, spec=replace(tiles.spec, iterations=0, polish=1))
     for span in metric.spans:
         s, e, g = span.start, span.end, span.group
@@ -253,5 +257,5 @@ def _sweep(w: Tensor, metric: Metric, state: State, tiles: Tiles) -> None:
         target = q[:, s:e] - torch.cholesky_solve(gradient[:, s:e].T.contiguous(), torch.linalg.cholesky(local)).T
         fit = fit_tiles(target, upper, factor, one, (state.unknowns[:, g], state.codes[:, s:e]))
         fresh = levels_of(fit.unknowns, fit.codes, tiles)
-        gradient[:, e:] += (fresh - q[:, s:e]) @ h[s:e, e:]
+        gradient[:, e:].addmm_(fresh - q[:, s:e], h[s:e, e:])
         state.unknowns[:, g], state.codes[:, s:e] = fit.unknowns, fit.codes
