@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OUT ?= out/smol
 MODEL ?= smollm2-135m
 # A quick fit on few windows, so that the demo takes minutes; compile's own defaults take their time and fit closer.
-PASSES ?= shiftadd{starts=1 rounds=5 polish=0 sweeps=0},fold
+PASSES ?= shiftadd{starts=1 rounds=5 iterations=1 polish=0 sweeps=0},fold
 SAMPLES ?= 16
 PROMPT ?= The capital of France is
 # Tests run on this many cores; 0 runs them in one process.

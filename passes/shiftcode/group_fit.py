@@ -16,8 +16,8 @@ from passes.shiftcode.tiles import Tiles, code_levels, levels_of
 
 # Columns that compiled loops take at once; what they mean for those of later chunks is one product.
 _CHUNK = 128
-# What one core works on at once, at least: enough that calls do not count, little enough to stay in its caches.
-_WEIGHTS, _ROWS = 1 << 15, 128
+# What one core works on at once, at least: enough that calls and taking turns between cores do not count.
+_WEIGHTS, _ROWS = 1 << 17, 128
 
 
 @dataclass(frozen=True, eq=False)
