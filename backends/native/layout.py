@@ -1,0 +1,213 @@
+"""Weights in the kernels' tile order: packed from stored codes, and unpacked again. The order is in `src/layout.h`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ir.errors import UnsupportedError
+from ir.ops.codes import expand_rows, group_count
+from ir.ops.packing import pack_bits, unpack_bits
+from ir.ops.quant import QuantCodes
+from ir.ops.shiftcode import ShiftCodes, decode_zeros
+from ir.rewrite import No
+
+VERSION = 1
+NO_OFFSET, OFFSET, ZERO_POINT = 0, 1, 2
+_LANES, _CHUNK, _PLANES = 16, 32, 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the kernels must know of a weight [rows, inputs], see `src/nomul.h`; the fields are those of its struct."""
+
+    planes: int
+    group: int
+    terms: int
+    tied: int
+    offset: int
+    rows: int
+    inputs: int
+    version: int = VERSION
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row, the ragged last one included."""
+        return group_count(self.inputs, self.width)
+
+    @property
+    def width(self) -> int:
+        """Inputs of a whole group."""
+        return min(self.group, self.inputs)
+
+    @property
+    def sets(self) -> int:
+        """Scales stored a group."""
+        return 1 if self.tied else self.planes
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows."""
+        return group_count(self.rows, _LANES)
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Chunks of 32 inputs of a whole group and of the last one."""
+        last = self.inputs - (self.groups - 1) * self.width
+        return group_count(self.width, _CHUNK), group_count(last, _CHUNK)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the scales, the offset and the zero points of 16 rows of one group."""
+        values = self.sets + (self.offset == OFFSET)
+        coded = group_count(values * self.terms, 2) * _LANES if self.terms else values * 2 * _LANES
+        return coded + (self.offset == ZERO_POINT) * _LANES
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a tile before its signs."""
+        return group_count(2 * _LANES * bool(self.terms) + self.groups * self.record_bytes, 64) * 64
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile."""
+        whole, last = self.chunks
+        return self.head_bytes + ((self.groups - 1) * whole + last) * self.planes * 64
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight."""
+        return self.tiles * self.tile_bytes
+
+    def attributes(self) -> dict[str, int]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight in tile order: data uint8 [bytes]."""
+
+    data: Tensor
+    layout: Layout
+
+
+def refuses(codes: ShiftCodes | QuantCodes) -> No | None:
+    """Return why there is no tile order for these codes, or None when there is."""
+    if isinstance(codes, QuantCodes):
+        return None
+    planes = codes.planes * (2 if codes.meaning.trits else 1)
+    if codes.code == "trits31":
+        return No("trits that share one scale have no tile order")
+    if planes > _PLANES:
+        return No(f"there are kernels for at most {_PLANES} sign planes, and {planes} are stored")
+    if codes.group < min(_CHUNK, codes.in_features):
+        return No(f"groups of {codes.group} inputs are smaller than the {_CHUNK} that a kernel takes at once")
+    return None
+
+
+def pack(codes: ShiftCodes | QuantCodes) -> Packed:
+    """Return codes in tile order; scales that tiles of rows share are repeated for each row.
+
+    Trits become two sign planes each. Raises UnsupportedError where `refuses` gives a reason.
+    """
+    if (no := refuses(codes)) is not None:
+        raise UnsupportedError("the weight cannot be put in tile order", why=no.reason, fix="run it by reference")
+    if isinstance(codes, QuantCodes):
+        layout, signs, records, exponents = _of_quant(codes)
+    else:
+        codes = _of_signs(codes)
+        layout, signs, records, exponents = _of_shift(codes)
+    head = torch.zeros(layout.tiles, layout.head_bytes, dtype=torch.uint8)
+    start = 0
+    if exponents is not None:
+        start = 2 * _LANES
+        head[:, :start] = _by_tile(exponents).transpose(1, 2).flatten(1).contiguous().view(torch.uint8)
+    head[:, start : start + layout.groups * layout.record_bytes] = records.flatten(1)
+    body = _sign_words(signs, layout).view(torch.uint8)
+    data = torch.cat([head, body.reshape(layout.tiles, -1)], 1).flatten()
+    assert data.numel() == layout.weight_bytes
+    return Packed(data, layout)
+
+
+def _of_signs(codes: ShiftCodes) -> ShiftCodes:
+    """Return codes with trits as pairs of sign planes, a trit being half the sum of its two signs."""
+    if not codes.meaning.trits:
+        return codes
+    raise UnsupportedError("trits cannot be put in tile order yet", fix="run them by reference")
+
+
+def _of_shift(codes: ShiftCodes) -> tuple[Layout, Tensor, Tensor, Tensor | None]:
+    uniform = codes.code == "uniform"
+    offset = NO_OFFSET if codes.offsets is None else ZERO_POINT if uniform else OFFSET
+    layout = Layout(codes.planes, codes.group, codes.terms, int(uniform), offset, codes.rows, codes.in_features)
+    groups, sets, terms = layout.groups, layout.sets, layout.terms
+    spread = {"row_group": codes.row_group, "rows": codes.rows}
+    zeros = expand_rows(decode_zeros(codes), **spread) if offset == ZERO_POINT else None
+    if terms == 0:
+        values = codes.scales.reshape(-1, groups, sets)
+        if offset == OFFSET and codes.offsets is not None:
+            values = torch.cat([values, codes.offsets.reshape(-1, groups, 1)], -1)
+        return layout, codes.signs, _half_records(expand_rows(values, **spread), zeros), None
+    assert codes.exponents is not None
+    nibbles = unpack_bits(codes.scales, 4, groups * sets * terms).reshape(-1, groups, sets * terms)
+    if offset == OFFSET and codes.offsets is not None:
+        later = unpack_bits(codes.offsets, 4, groups * terms).reshape(-1, groups, terms)
+        nibbles = torch.cat([nibbles, later], -1)
+    records = _nibble_records(expand_rows(nibbles, **spread), zeros)
+    return layout, codes.signs, records, expand_rows(codes.exponents, **spread)
+
+
+def _of_quant(codes: QuantCodes) -> tuple[Layout, Tensor, Tensor, None]:
+    rows, groups = codes.codes.shape[0], group_count(codes.in_features, codes.group)
+    offset = NO_OFFSET if codes.zeros is None else ZERO_POINT
+    layout = Layout(codes.bits, codes.group, 0, 1, offset, rows, codes.in_features)
+    values = unpack_bits(codes.codes, codes.bits, codes.in_features)
+    signs = torch.stack([pack_bits(values >> i & 1, 1) for i in range(codes.bits)])
+    zeros = None if codes.zeros is None else unpack_bits(codes.zeros, codes.bits, groups)
+    return layout, signs, _half_records(codes.scales.reshape(rows, groups, 1), zeros), None
+
+
+def _by_tile(values: Tensor) -> Tensor:
+    """Return values of rows [N, ...] by tile, [tiles, 16, ...], filled up with zeros."""
+    missing = -values.shape[0] % _LANES
+    filled = torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
+    tiled: Tensor = filled.unflatten(0, (-1, _LANES))
+    return tiled
+
+
+def _nibble_records(nibbles: Tensor, zeros: Tensor | None) -> Tensor:
+    """Return the records of nibbles [N, G, V] and zero points [N, G]: uint8 [tiles, G, bytes]."""
+    tiled = _by_tile(pad(nibbles, (0, nibbles.shape[-1] % 2))).permute(0, 2, 3, 1)
+    pairs = tiled.unflatten(2, (-1, 2))
+    return _with_zeros((pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4).flatten(2), zeros)
+
+
+def _half_records(values: Tensor, zeros: Tensor | None) -> Tensor:
+    """Return the records of float16 values [N, G, V] and zero points [N, G]: uint8 [tiles, G, bytes]."""
+    tiled = _by_tile(values).permute(0, 2, 3, 1).contiguous()
+    return _with_zeros(tiled.view(torch.uint8).flatten(2), zeros)
+
+
+def _with_zeros(records: Tensor, zeros: Tensor | None) -> Tensor:
+    return records if zeros is None else torch.cat([records, _by_tile(zeros).transpose(1, 2)], -1)
+
+
+def _sign_words(signs: Tensor, layout: Layout) -> Tensor:
+    """Return sign planes uint8 [P, N, ceil(K/8)] as bytes in tile order, [tiles, chunks, P, 16, 4]."""
+    if layout.width % _CHUNK and layout.groups > 1:
+        signs = _filled_groups(signs, layout)
+    words = pad(signs, (0, -signs.shape[-1] % 4)).unflatten(-1, (-1, 4))
+    return _by_tile(words.transpose(0, 1)).permute(0, 3, 2, 1, 4).contiguous()
+
+
+def _filled_groups(signs: Tensor, layout: Layout) -> Tensor:
+    """Return sign planes with every group but the last filled up to whole chunks."""
+    bits = torch.stack([unpack_bits(plane, 1, layout.inputs) for plane in signs])
+    groups = pad(bits, (0, layout.groups * layout.width - layout.inputs)).unflatten(-1, (layout.groups, -1))
+    whole, last = layout.chunks
+    filled = pad(groups, (0, whole * _CHUNK - layout.width)).flatten(-2)
+    return pack_bits(filled[..., : ((layout.groups - 1) * whole + last) * _CHUNK].contiguous(), 1)

@@ -1,0 +1,17 @@
+// What each level offers to the dispatcher.
+#pragma once
+
+#include "nomul.h"
+
+struct nomul_kernels {
+  const char* name;
+  int64_t (*scratch_bytes)(const nomul_layout&, int64_t tokens, int32_t mode);
+  void (*prepare)(const nomul_layout&, int32_t mode, const float* x, int64_t tokens, void* scratch);
+  void (*rows)(const nomul_layout&, int32_t mode, const uint8_t* weight, const float* bias, const void* scratch,
+               int64_t tokens, int64_t first_row, int64_t last_row, float* y);
+  void (*decode)(const nomul_layout&, const uint8_t* weight, int64_t first_row, int64_t last_row, float* out);
+};
+
+const nomul_kernels* nomul_portable_kernels();
+const nomul_kernels* nomul_avx2_kernels();
+const nomul_kernels* nomul_avx512_kernels();

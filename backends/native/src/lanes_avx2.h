@@ -1,0 +1,69 @@
+// Sixteen rows at a time with AVX2, FMA and F16C, as two halves.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace NOMUL_NAMESPACE {
+
+struct Floats {
+  __m256 a, b;
+};
+struct Ints {
+  __m256i a, b;
+};
+
+static inline Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+static inline Floats zeros() { return all(0.0f); }
+static inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline Floats load_half(const uint8_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
+}
+static inline Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+static inline Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+static inline Floats fma(Floats x, Floats y, Floats z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+static inline void store(float* p, Floats x, int count) {
+  float whole[16];
+  float* to = count >= 16 ? p : whole;
+  _mm256_storeu_ps(to, x.a), _mm256_storeu_ps(to + 8, x.b);
+  if (to != p) std::memcpy(p, whole, sizeof(float) * count);
+}
+static inline Floats load_some(const float* p, int count) {
+  float whole[16] = {};
+  std::memcpy(whole, p, sizeof(float) * (count < 16 ? count : 16));
+  return load(whole);
+}
+
+static inline Ints bytes(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+}
+static inline Ints low_nibbles(Ints x) {
+  const __m256i mask = _mm256_set1_epi32(15);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+static inline Ints high_nibbles(Ints x) { return {_mm256_srli_epi32(x.a, 4), _mm256_srli_epi32(x.b, 4)}; }
+static inline Floats to_float(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+static inline Floats pick(const float* table16, Ints index) {
+  return {_mm256_i32gather_ps(table16, index.a, 4), _mm256_i32gather_ps(table16, index.b, 4)};
+}
+static inline Floats powers(Ints e) {
+  const __m256i bias = _mm256_set1_epi32(127);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e.a, bias), 23)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e.b, bias), 23))};
+}
+
+// x * 2^exponents, in two steps, since 2^-128 alone is no normal number.
+static inline Floats scaled(Floats x, const int8_t* exponents) {
+  const Ints e = {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)exponents)),
+                  _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(exponents + 8)))};
+  const Ints half = {_mm256_srai_epi32(e.a, 1), _mm256_srai_epi32(e.b, 1)};
+  return x * powers(half) * powers({_mm256_sub_epi32(e.a, half.a), _mm256_sub_epi32(e.b, half.b)});
+}
+
+}  // namespace NOMUL_NAMESPACE

@@ -1,0 +1,81 @@
+// Sixteen rows at a time in plain C++.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace NOMUL_NAMESPACE {
+
+struct Floats {
+  float v[16];
+};
+struct Ints {
+  int32_t v[16];
+};
+
+static inline Floats all(float x) {
+  Floats r;
+  for (float& e : r.v) e = x;
+  return r;
+}
+static inline Floats zeros() { return all(0.0f); }
+static inline Floats load_some(const float* p, int count) {
+  Floats r = zeros();
+  std::memcpy(r.v, p, sizeof(float) * (count < 16 ? count : 16));
+  return r;
+}
+static inline Floats load(const float* p) { return load_some(p, 16); }
+static inline float half(uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  const float sign = h >> 15 ? -1.0f : 1.0f;
+  if (exponent == 0) return sign * std::ldexp((float)fraction, -24);
+  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+  return sign * std::ldexp((float)(fraction + 1024), exponent - 25);
+}
+static inline Floats load_half(const uint8_t* p) {
+  Floats r;
+  for (int i = 0; i < 16; i++) r.v[i] = half((uint16_t)(p[2 * i] | p[2 * i + 1] << 8));
+  return r;
+}
+static inline Floats operator+(Floats a, Floats b) {
+  for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
+  return a;
+}
+static inline Floats operator*(Floats a, Floats b) {
+  for (int i = 0; i < 16; i++) a.v[i] *= b.v[i];
+  return a;
+}
+static inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+static inline void store(float* p, Floats a, int count) { std::memcpy(p, a.v, sizeof(float) * (count < 16 ? count : 16)); }
+
+static inline Ints bytes(const uint8_t* p) {
+  Ints r;
+  for (int i = 0; i < 16; i++) r.v[i] = p[i];
+  return r;
+}
+static inline Ints low_nibbles(Ints a) {
+  for (int32_t& e : a.v) e &= 15;
+  return a;
+}
+static inline Ints high_nibbles(Ints a) {
+  for (int32_t& e : a.v) e >>= 4;
+  return a;
+}
+static inline Floats to_float(Ints a) {
+  Floats r;
+  for (int i = 0; i < 16; i++) r.v[i] = (float)a.v[i];
+  return r;
+}
+static inline Floats pick(const float* table16, Ints index) {
+  Floats r;
+  for (int i = 0; i < 16; i++) r.v[i] = table16[index.v[i]];
+  return r;
+}
+// x * 2^exponents.
+static inline Floats scaled(Floats x, const int8_t* exponents) {
+  for (int i = 0; i < 16; i++) x.v[i] = std::ldexp(x.v[i], exponents[i]);
+  return x;
+}
+
+}  // namespace NOMUL_NAMESPACE

@@ -1,0 +1,69 @@
+// C interface of the shift-add kernels: weights in tile order (see layout.h), float activations in, float results out.
+//
+// All functions may be called from several threads at once. Those that return int give 0, or a NOMUL_* code with the
+// reason in nomul_error(), which is of the calling thread.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define NOMUL_API __declspec(dllexport)
+#else
+#define NOMUL_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { NOMUL_LAYOUT_VERSION = 1 };
+
+enum { NOMUL_OK = 0, NOMUL_BAD_LAYOUT = 1, NOMUL_BAD_ARGUMENT = 2, NOMUL_NO_SUCH_LEVEL = 3 };
+
+// How activations enter the sums: as float, rounded to 14 bits a block of inputs, or sums rounded to 8 bits.
+enum { NOMUL_EXACT = 0, NOMUL_14_BIT = 1, NOMUL_8_BIT = 2 };
+
+// What stands beside the scales of a group: nothing, an offset coded as they are, or a zero point of uniform codes.
+enum { NOMUL_NO_OFFSET = 0, NOMUL_OFFSET = 1, NOMUL_ZERO_POINT = 2 };
+
+// A weight [rows, inputs] of sign planes. tied: one scale a group, plane i being worth 2^(i-1) of it (uniform codes);
+// terms: powers of two a scale, 1 to 4, or 0 for float16.
+typedef struct {
+  int32_t version, planes, group, terms, tied, offset;
+  int64_t rows, inputs;
+} nomul_layout;
+
+// Bytes of a weight in tile order; -1 for a layout that cannot be.
+NOMUL_API int64_t nomul_weight_bytes(const nomul_layout* layout);
+
+// Bytes of scratch that `nomul_prepare` fills for `tokens` tokens.
+NOMUL_API int64_t nomul_scratch_bytes(const nomul_layout* layout, int64_t tokens, int32_t mode);
+
+// Turn activations x [tokens, inputs] into what the row kernels look up; scratch is 64-byte aligned.
+NOMUL_API int nomul_prepare(const nomul_layout* layout, int32_t mode, const float* x, int64_t tokens, void* scratch);
+
+// Compute y[t, first_row..last_row) of y [tokens, rows] from a prepared scratch; first_row is a multiple of 16.
+// bias: float [rows] or null.
+NOMUL_API int nomul_rows(const nomul_layout* layout, int32_t mode, const uint8_t* weight, const float* bias,
+                         const void* scratch, int64_t tokens, int64_t first_row, int64_t last_row, float* y);
+
+// Compute y [tokens, rows] = x W^T + bias on `threads` threads.
+NOMUL_API int nomul_linear(const nomul_layout* layout, int32_t mode, const uint8_t* weight, int64_t weight_bytes,
+                           const float* bias, const float* x, int64_t tokens, float* y, int32_t threads);
+
+// Decode rows [first_row, last_row) to float [rows, inputs].
+NOMUL_API int nomul_decode(const nomul_layout* layout, const uint8_t* weight, int64_t first_row, int64_t last_row,
+                           float* out);
+
+// The level in use (`portable`, `avx2`, `avx512`, `amx`), the levels this CPU can run, comma separated; choose one.
+NOMUL_API const char* nomul_level(void);
+NOMUL_API const char* nomul_levels(void);
+NOMUL_API int nomul_set_level(const char* name);
+
+NOMUL_API const char* nomul_error(void);
+NOMUL_API int32_t nomul_version(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,130 @@
+"""The compiled kernels against float64, at every level that this CPU runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+import torch
+
+from backends.native.layout import pack
+from backends.native.library import MODES, Library, load
+from ir.errors import UnsupportedError, UsageError
+from tests.coded_weights import exact_product, quant_codes, relative_error, shift_codes
+
+# Bounds of relative error against float64: what each mode promises.
+BOUNDS = {"exact": 1e-6, "14bit": 5e-4, "8bit": 2e-2}
+LEVELS = load().levels
+# Rows, inputs and group: tiny, ragged, whole, wide, with groups that fill no whole chunk and groups of a whole row.
+SHAPES = [(1, 1, 64), (17, 33, 32), (33, 100, 40), (48, 64, 4096), (31, 576, 64), (129, 257, 96)]
+some_codes = lru_cache(maxsize=None)(shift_codes)
+
+
+@pytest.fixture(params=LEVELS)
+def library(request: pytest.FixtureRequest) -> Iterator[Library]:
+    """The library at one level; the fastest again afterwards."""
+    found = load()
+    found.use(request.param)
+    yield found
+    found.use(LEVELS[-1])
+
+
+def activations(tokens: int, inputs: int, seed: int = 0) -> torch.Tensor:
+    """Return activations with a few large channels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, inputs, generator=generator)
+    return x * (1 + 9 * (torch.rand(inputs, generator=generator) < 0.02))
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("terms", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("planes", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_a_packed_weight_decodes_to_the_stored_one(planes: int, terms: int, offset: bool, library: Library) -> None:
+    for index in (planes % 3, 3 + (planes + terms) % 3):
+        codes = some_codes(*SHAPES[index][:2], planes, SHAPES[index][2], terms, offset, seed=index, spread=3)
+        packed = pack(codes)
+        assert packed.data.numel() == library.weight_bytes(packed.layout)
+        assert torch.equal(library.decode(packed), codes.dequantize())
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
+def test_extreme_exponents_decode_exactly(terms: int, library: Library) -> None:
+    codes = some_codes(64, 96, 3, 32, terms, True, seed=terms, spread=40)
+    assert torch.equal(library.decode(pack(codes)), codes.dequantize())
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+def test_uniform_codes_decode_as_stored(bits: int, zeros: bool, library: Library) -> None:
+    for rows, inputs, group in SHAPES:
+        codes = quant_codes(rows, inputs, bits, group, zeros, seed=bits)
+        found, wanted = library.decode(pack(codes)), codes.dequantize()
+        assert torch.allclose(found, wanted, rtol=3e-7, atol=3e-7 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("planes", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_within_the_bound_of_their_mode(
+    shape: tuple[int, int, int], planes: int, mode: str, library: Library
+) -> None:
+    rows, inputs, group = shape
+    terms, offset = planes % 5, planes != 3
+    codes = some_codes(rows, inputs, planes, group, terms, offset, seed=planes, spread=2)
+    packed, weight = pack(codes), codes.dequantize(torch.float64)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(1)) if offset else None
+    for tokens in (1, 2, 3, 4, 5, 12):
+        x = activations(tokens, inputs, seed=tokens)
+        got = library.linear(x, packed, bias, mode, threads=1)
+        assert relative_error(got, exact_product(x, weight, bias)) <= BOUNDS[mode], tokens
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_uniform_products_are_within_the_bound_of_their_mode(bits: int, mode: str, library: Library) -> None:
+    for rows, inputs, group in SHAPES:
+        codes, x = quant_codes(rows, inputs, bits, group, True, seed=bits), activations(3, inputs)
+        wanted = exact_product(x, codes.dequantize(torch.float64), None)
+        assert relative_error(library.linear(x, pack(codes), None, mode, threads=1), wanted) <= BOUNDS[mode], rows
+
+
+def test_threads_and_row_pieces_change_nothing(library: Library) -> None:
+    codes = shift_codes(1000, 192, 3, 64, 2, True, seed=1, spread=2)
+    packed, x = pack(codes), activations(5, 192)
+    one = library.linear(x, packed, None, "14bit", threads=1)
+    for threads in (2, 3, 8):
+        assert torch.equal(library.linear(x, packed, None, "14bit", threads=threads), one)
+
+
+def test_a_token_alone_gives_what_it_gives_among_others(library: Library) -> None:
+    codes = shift_codes(80, 320, 3, 64, 2, True, seed=2, spread=2)
+    packed, x = pack(codes), activations(21, 320)
+    whole = library.linear(x, packed, None, "14bit", threads=1)
+    for t in range(21):
+        assert torch.allclose(library.linear(x[t : t + 1], packed, None, "14bit", threads=1)[0], whole[t], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inputs_of_zeros_give_the_bias(mode: str, library: Library) -> None:
+    codes, bias = shift_codes(40, 96, 3, 32, 2, True, seed=3, spread=2), torch.arange(40.0)
+    assert torch.equal(library.linear(torch.zeros(2, 96), pack(codes), bias, mode, threads=1), bias.expand(2, 40))
+
+
+def test_no_tokens_give_no_results(library: Library) -> None:
+    packed = pack(shift_codes(40, 96, 3, 32, 2, True, seed=3, spread=2))
+    assert library.linear(torch.zeros(2, 0, 96), packed, None, "14bit", threads=2).shape == (2, 0, 40)
+
+
+def test_what_does_not_fit_is_refused(library: Library) -> None:
+    packed = pack(shift_codes(40, 96, 3, 32, 2, True, seed=3, spread=2))
+    with pytest.raises(UsageError, match="activations do not fit"):
+        library.linear(torch.zeros(2, 95), packed, None, "14bit", threads=1)
+    with pytest.raises(UsageError, match="activations do not fit"):
+        library.linear(torch.zeros(2, 96).double(), packed, None, "14bit", threads=1)
+    with pytest.raises(UsageError, match="bias does not fit"):
+        library.linear(torch.zeros(2, 96), packed, torch.zeros(41), "14bit", threads=1)
+    with pytest.raises(UsageError, match="there is no mode"):
+        library.linear(torch.zeros(2, 96), packed, None, "7bit", threads=1)
+    with pytest.raises(UnsupportedError, match="there is no level riscv"):
+        library.use("riscv")
