@@ -92,6 +92,7 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
     Raises UsageError, UnsupportedError and ResourceError before anything is written, InvariantError for a broken law.
     A report whose quality gate failed belongs to an artifact that is kept and marked.
     """
+    from backends import load_backend
     from frontend.open import open_model
     from passes.memory import PeakMemory
     from passes.pipeline import check
@@ -108,6 +109,7 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
     with PeakMemory() as peak:
         with clock.phase("open"):
             model = open_model(options.model, note)
+        load_backend(options.target).require(model.program)
         check(planned.pipeline, model.program.level, model.program.facts)
         found = estimate(model.program, planned.pipeline, options.samples, options.seqlen, options.out)
         check_resources(found, options.out)
@@ -229,6 +231,7 @@ def _finish(
     peak: Any,
 ) -> Report:
     """Write the artifact beside its place, then move it there."""
+    from backends import load_backend
     from ir.artifact import write_program
     from tools.console import progress
     from tools.report import Report, write_report
@@ -241,6 +244,9 @@ def _finish(
     try:
         with clock.phase("write"), progress("write", len(model.program.params)) as step:
             hashes = write_program(model.program, partial, step=lambda: step(""))
+        with clock.phase("lower"):
+            load_backend(options.target).lower(model.program, partial)
+        with clock.phase("write"):
             notes = tuple(copy_side_files(model, partial))
         for line in notes:
             note(line)

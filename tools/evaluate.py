@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=1, metavar="B", help="windows run at once (default 1)")
     p.add_argument("--against", metavar="MODEL", help="the model to compare with, such as the original")
     p.add_argument("--mode", metavar="MODE", help="run compressed linears by multiply (default), shift or codes")
+    p.add_argument("--target", metavar="NAME", help="run on this backend (default: the one it was compiled for)")
     p.add_argument("--planes", type=int, metavar="N", help="planes that nested linears use (default: as stored)")
     p.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of the matrix products")
     p.add_argument("--json", action="store_true", help="print one JSON object")
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     if options.batch < 1:
         raise UsageError("--batch must be at least 1", why=f"it is {options.batch}")
     text = load_text(options.text)
-    student = load(options.model, mode=options.mode, progress=console.note, planes=options.planes)
+    student = load(options.model, options.target, options.mode, console.note, options.planes)
     windows = tokenised(student, text, options.ctx, options.windows, options.last)
     teacher = load(options.against, progress=console.note) if options.against else None
     if teacher is not None:

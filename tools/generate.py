@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that add up to P")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the draws (default 0)")
     p.add_argument("--mode", metavar="MODE", help="run compressed linears by multiply (default), shift or codes")
+    p.add_argument("--target", metavar="NAME", help="run on this backend (default: the one it was compiled for)")
     p.add_argument("--planes", type=int, metavar="N", help="planes that nested linears use (default: as stored)")
     p.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     p.add_argument("--json", action="store_true", help="print one JSON object when done")
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     from tools.load import load
 
-    runtime = load(options.model, mode=options.mode, progress=console.note, planes=options.planes)
+    runtime = load(options.model, options.target, options.mode, console.note, options.planes)
     prompt = chat_prompt(runtime, options.prompt) if options.chat else options.prompt
     result = runtime.generate(
         prompt,

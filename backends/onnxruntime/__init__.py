@@ -12,7 +12,7 @@ from backends.base import Backend
 from backends.onnxruntime.lowering import DEFAULT_OPSET, emit_program, missing, write_model
 from backends.onnxruntime.runtime import OnnxRuntime
 from backends.onnxruntime.session import SessionOptions
-from backends.onnxruntime.tables import op_names
+from backends.onnxruntime.tables import library_for, op_names
 from ir.artifact import read_program
 from ir.levels import Level, target_level
 from ir.program import Program
@@ -43,8 +43,12 @@ class OnnxRuntimeBackend(Backend):
         write_model(emit_program(program, self.opset, self.fuse), folder)
 
     def load(self, folder: Path, options: SessionOptions | None = None) -> OnnxRuntime:
-        """Return the runtime of an artifact folder; raises UnsupportedError when it holds nothing for this backend."""
-        return OnnxRuntime(read_program(folder), folder, options=options)
+        """Return the runtime of an artifact folder; raises UnsupportedError when it holds nothing for this backend.
+
+        options: default: all cores, and the library that the program's operators need.
+        """
+        program = read_program(folder)
+        return OnnxRuntime(program, folder, options=options or SessionOptions(library=library_for(program)))
 
 
 BACKEND = OnnxRuntimeBackend()

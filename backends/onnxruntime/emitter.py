@@ -15,6 +15,7 @@ or a `torch.Tensor` for a result that turned out to be constant. What the emitte
                               the file is written), or a size as a 0-d int64 tensor
     e.tensor(arg)             the torch tensor behind a parameter or a constant, nothing emitted; None if computed
     e.size(arg), e.shape(l)   a size as an int or a Value int64 [1]; a list of sizes as one Value int64 [n]
+    e.dim(expr)               a symbolic dim that an input has, int64 [1];  e.results(node)  the values of several
     e.scalar(x, dtype)        a 0-d constant;  e.vector([...])  an int64 vector;  e.constant(t)  any small tensor
     e.initializer(name, ...)  a large constant with a name of its own, computed when the file is written
     e.add(op, *inputs, domain="", outputs=1, **attributes)
@@ -38,7 +39,7 @@ import torch
 from torch import Tensor, fx
 
 from backends.onnxruntime.dtypes import onnx_dtype
-from backends.onnxruntime.names import dim_name, input_name, output_name
+from backends.onnxruntime.names import dim_name, input_name, output_name, same_dim
 from backends.onnxruntime.packages import package
 from ir.overloads import bound_args
 from ir.program import PATH, TYPE, Program
@@ -128,6 +129,14 @@ class Emitter:
                 parts.append([size] if isinstance(size, int) else size)
         return parts[0] if len(parts) == 1 else self.add("Concat", *parts, axis=0)
 
+    def dim(self, expr: str) -> Any | None:
+        """Return a symbolic dim as a Value int64 [1] where an input of the program has it, else None."""
+        for node in self.program.inputs:
+            for place, dim in enumerate(node.meta[TYPE].dims):
+                if same_dim(dim, expr):
+                    return self.add("Shape", self._values[node], start=place, end=place + 1)
+        return None
+
     def results(self, arg: fx.Node) -> tuple[Any, ...]:
         """Return the values of a node with several results."""
         return tuple(self._result(arg))
@@ -212,17 +221,21 @@ class Emitter:
         """Return whether a node has its value already."""
         return node in self._values
 
-    def emit(self, node: fx.Node, entry: Entry | None = None) -> None:
-        """Emit one call by its table entry, or by `entry`; raises Refused."""
-        folded = None if entry else self._fold(node)
+    def emit(self, node: fx.Node) -> None:
+        """Emit one call by its table entry, or keep its result if that is constant; raises Refused."""
+        folded = self._fold(node)
         if folded is not None:
             self._values[node] = folded
             return
-        found = entry or self._table.get(node.target)
-        if found is None:
+        entry = self._table.get(node.target)
+        if entry is None:
             raise Refused("the emitter has no entry for it")
+        self.on_behalf(node, lambda e: e.bind(node, entry(e, node)))
+
+    def on_behalf(self, node: fx.Node, emit: Callable[[Emitter], None]) -> None:
+        """Let a function add nodes and bind values; the nodes carry the name and module path of this one."""
         self._current, first = node, len(self._nodes)
-        self.bind(node, found(self, node))
+        emit(self)
         self._name_nodes(node, first)
         self._current = None
 
@@ -278,10 +291,8 @@ class Emitter:
         if self._named.pop(node, None) is value:
             value.name = wanted
             return value
-        self._current, first = node, len(self._nodes)
-        copy = self._ir.node("Identity", [value]).outputs[0]
+        copy = self._ir.node("Identity", [value], name=self._unique(wanted, kind="node:")).outputs[0]
         self._nodes.append(copy.producer())
-        self._name_nodes(node, first)
         copy.name, copy.type, copy.shape = wanted, value.type, value.shape
         return copy
 

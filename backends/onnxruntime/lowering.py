@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx
 
 from backends.onnxruntime.emitter import Emitter, Refused
-from backends.onnxruntime.fusion import Fused, plan
+from backends.onnxruntime.fusion import plan
+from backends.onnxruntime.groups import Fused
 from backends.onnxruntime.packages import package
 from backends.onnxruntime.tables import overload_text, whole_table
 from ir.errors import UnsupportedError
@@ -43,7 +44,7 @@ def emit_program(program: Program, opset: int = DEFAULT_OPSET, fuse: bool = True
         group = roots.get(node)
         try:
             if group is not None and any(n in needed for n in group.binds):
-                emitter.emit(node, group.emit)
+                emitter.on_behalf(node, group.emit)
             elif node.op == "call_function" and node in needed and node not in owner:
                 emitter.emit(node)
         except Refused as no:

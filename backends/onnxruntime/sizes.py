@@ -23,6 +23,9 @@ def _size(e: Emitter, node: fx.Node) -> Result:
         return known
     dims = x.meta[TYPE].dims
     dim = dim % len(dims)
+    of_input = e.dim(dims[dim]) if isinstance(dims[dim], str) else None
+    if of_input is not None:
+        return of_input
     return e.add("Shape", e.value(x), start=dim, end=dim + 1)
 
 
@@ -42,6 +45,9 @@ def _arithmetic(op: str, function: Callable[[Any, Any], Any]) -> Entry:
             return known
         if isinstance(a, int) and isinstance(b, int):
             return int(function(a, b))
+        of_input = e.dim(kind.expr)
+        if of_input is not None:  # past + seq is the length of the mask
+            return of_input
         return e.add(op, e.shape([a]), e.shape([b]))
 
     return emit

@@ -1,16 +1,23 @@
-"""The whole operator table: standard operators here, those of nomul from `nomul_ops` where it is there."""
+"""The whole operator table: standard operators here, those of nomul from `nomul_ops` where it is there.
+
+`nomul_ops` has `TABLE`, of the same form as those here, and `library(program)`: the path of the library that the
+operators of its domain need, or None where the file brings functions for all that it calls.
+"""
 
 from __future__ import annotations
 
 import importlib
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from backends.onnxruntime import attention, elementwise, experts, indexing, linear, reductions, shapes, sizes
 from backends.onnxruntime.emitter import Entry
+from ir.program import Program
+from ir.text import op_name
 
 _NOMUL = "backends.onnxruntime.nomul_ops"
 
@@ -33,10 +40,17 @@ def whole_table() -> dict[Any, Entry]:
     return {**STANDARD, **own}
 
 
+def library_for(program: Program) -> Path | None:
+    """Return the library with the custom operators that a program's file calls; None when it calls none."""
+    calls = (n for n in program.graph.nodes if n.op == "call_function")
+    if find_spec(_NOMUL) is None or all(n.target in STANDARD for n in calls):
+        return None
+    found: Path | None = importlib.import_module(_NOMUL).library(program)
+    return found
+
+
 def op_names() -> frozenset[str]:
     """Return the names of all operators in the table, without overloads: `aten.linear`, `operator.add`."""
-    from ir.text import op_name
-
     return frozenset(op_name(target) for target in whole_table())
 
 
