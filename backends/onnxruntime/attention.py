@@ -86,7 +86,7 @@ def _causal(e: Emitter, q: fx.Node, k: fx.Node) -> Any:
     """Return the bool mask [seq, keys] of torch's `is_causal`: query i sees keys 0 to i."""
     rows = e.add("Shape", e.value(q), start=2, end=3)
     columns = e.add("Shape", e.value(k), start=2, end=3)
-    ones = e.add("Expand", e.scalar(1, torch.int32), e.shape([rows, columns]))
+    ones = e.add("Expand", e.scalar(1, torch.long), e.shape([rows, columns]))
     return e.cast(e.add("Trilu", ones, e.scalar(0, torch.long), upper=0), torch.bool)
 
 

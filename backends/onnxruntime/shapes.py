@@ -219,7 +219,7 @@ def _triangle(upper: int) -> Entry:
     def emit(e: Emitter, node: fx.Node) -> Result:
         x, diagonal = e.args(node)
         whole = dtype_of(x) == torch.bool  # the CPU has no kernel for bool
-        found = e.add("Cast", e.value(x), to=3) if whole else e.value(x)
+        found = e.cast(e.value(x), torch.long) if whole else e.value(x)
         found = e.add("Trilu", found, e.scalar(diagonal, torch.long), upper=upper)
         return e.cast(found, torch.bool) if whole else found
 
