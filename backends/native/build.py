@@ -18,16 +18,17 @@ from ir.errors import UnsupportedError
 SOURCES = Path(__file__).parent / "src"
 # Shipped beside the sources when the package was installed with a compiler.
 INSTALLED = Path(__file__).parent / "libnomul.so"
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra")
+_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra")
 # GCC warns of the undefined values that its own intrinsics start from.
 _QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 # One translation unit an instruction set, each with its flags: nothing compiled for a newer CPU is run on an older one.
 _UNITS = {
-    "dispatch": (),
-    "level_portable": (),
-    "level_avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "dispatch": ("-O2",),
+    # Its loops over sixteen rows take -O3 long to compile and gain little.
+    "level_portable": ("-O2",),
+    "level_avx2": ("-O3", "-mavx2", "-mfma", "-mf16c"),
     "level_avx512": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni"),
+        *("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni"),
         *("-mfma", "-mf16c"),
     ),
 }

@@ -17,7 +17,8 @@ from ir.rewrite import No
 
 VERSION = 1
 NO_OFFSET, OFFSET, ZERO_POINT = 0, 1, 2
-_LANES, _CHUNK, _PLANES = 16, 32, 8
+_LANES, _HALVES, _CHUNK, _PLANES = 16, 2, 32, 8
+_ROWS = _LANES * _HALVES
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Layout:
 
     @property
     def tiles(self) -> int:
-        """Tiles of 16 rows."""
-        return group_count(self.rows, _LANES)
+        """Tiles of 32 rows."""
+        return group_count(self.rows, _ROWS)
 
     @property
     def chunks(self) -> tuple[int, int]:
@@ -69,13 +70,13 @@ class Layout:
     @property
     def head_bytes(self) -> int:
         """Bytes of a tile before its signs."""
-        return group_count(2 * _LANES * bool(self.terms) + self.groups * self.record_bytes, 64) * 64
+        return group_count(_HALVES * (2 * _LANES * bool(self.terms) + self.groups * self.record_bytes), 64) * 64
 
     @property
     def tile_bytes(self) -> int:
         """Bytes of a tile."""
         whole, last = self.chunks
-        return self.head_bytes + ((self.groups - 1) * whole + last) * self.planes * 64
+        return self.head_bytes + ((self.groups - 1) * whole + last) * self.planes * _HALVES * 64
 
     @property
     def weight_bytes(self) -> int:
@@ -122,11 +123,13 @@ def pack(codes: ShiftCodes | QuantCodes) -> Packed:
         codes = _of_signs(codes)
         layout, signs, records, exponents = _of_shift(codes)
     head = torch.zeros(layout.tiles, layout.head_bytes, dtype=torch.uint8)
-    start = 0
+    parts = [records.flatten(1)]
     if exponents is not None:
-        start = 2 * _LANES
-        head[:, :start] = _by_tile(exponents).transpose(1, 2).flatten(1).contiguous().view(torch.uint8)
-    head[:, start : start + layout.groups * layout.record_bytes] = records.flatten(1)
+        parts.insert(0, _by_half(exponents).transpose(2, 3).flatten(1).contiguous().view(torch.uint8))
+    start = 0
+    for part in parts:
+        head[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
     body = _sign_words(signs, layout).view(torch.uint8)
     data = torch.cat([head, body.reshape(layout.tiles, -1)], 1).flatten()
     assert data.numel() == layout.weight_bytes
@@ -171,37 +174,37 @@ def _of_quant(codes: QuantCodes) -> tuple[Layout, Tensor, Tensor, None]:
     return layout, signs, _half_records(codes.scales.reshape(rows, groups, 1), zeros), None
 
 
-def _by_tile(values: Tensor) -> Tensor:
-    """Return values of rows [N, ...] by tile, [tiles, 16, ...], filled up with zeros."""
-    missing = -values.shape[0] % _LANES
+def _by_half(values: Tensor) -> Tensor:
+    """Return values of rows [N, ...] by half tile, [tiles, 2, 16, ...], filled up with zeros."""
+    missing = -values.shape[0] % _ROWS
     filled = torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
-    tiled: Tensor = filled.unflatten(0, (-1, _LANES))
-    return tiled
+    halves: Tensor = filled.unflatten(0, (-1, _HALVES, _LANES))
+    return halves
 
 
 def _nibble_records(nibbles: Tensor, zeros: Tensor | None) -> Tensor:
-    """Return the records of nibbles [N, G, V] and zero points [N, G]: uint8 [tiles, G, bytes]."""
-    tiled = _by_tile(pad(nibbles, (0, nibbles.shape[-1] % 2))).permute(0, 2, 3, 1)
-    pairs = tiled.unflatten(2, (-1, 2))
-    return _with_zeros((pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4).flatten(2), zeros)
+    """Return the records of nibbles [N, G, V] and zero points [N, G]: uint8 [tiles, G, 2, bytes]."""
+    vectors = _by_half(pad(nibbles, (0, nibbles.shape[-1] % 2))).permute(0, 3, 1, 4, 2)
+    pairs = vectors.unflatten(3, (-1, 2))
+    return _with_zeros((pairs[..., 0, :] | pairs[..., 1, :] << 4).flatten(3), zeros)
 
 
 def _half_records(values: Tensor, zeros: Tensor | None) -> Tensor:
-    """Return the records of float16 values [N, G, V] and zero points [N, G]: uint8 [tiles, G, bytes]."""
-    tiled = _by_tile(values).permute(0, 2, 3, 1).contiguous()
-    return _with_zeros(tiled.view(torch.uint8).flatten(2), zeros)
+    """Return the records of float16 values [N, G, V] and zero points [N, G]: uint8 [tiles, G, 2, bytes]."""
+    vectors = _by_half(values).permute(0, 3, 1, 4, 2).contiguous()
+    return _with_zeros(vectors.view(torch.uint8).flatten(3), zeros)
 
 
 def _with_zeros(records: Tensor, zeros: Tensor | None) -> Tensor:
-    return records if zeros is None else torch.cat([records, _by_tile(zeros).transpose(1, 2)], -1)
+    return records if zeros is None else torch.cat([records, _by_half(zeros).permute(0, 3, 1, 2)], -1)
 
 
 def _sign_words(signs: Tensor, layout: Layout) -> Tensor:
-    """Return sign planes uint8 [P, N, ceil(K/8)] as bytes in tile order, [tiles, chunks, P, 16, 4]."""
+    """Return sign planes uint8 [P, N, ceil(K/8)] as bytes in tile order, [tiles, chunks, P, 2, 16, 4]."""
     if layout.width % _CHUNK and layout.groups > 1:
         signs = _filled_groups(signs, layout)
     words = pad(signs, (0, -signs.shape[-1] % 4)).unflatten(-1, (-1, 4))
-    return _by_tile(words.transpose(0, 1)).permute(0, 3, 2, 1, 4).contiguous()
+    return _by_half(words.transpose(0, 1)).permute(0, 4, 3, 1, 2, 5).contiguous()
 
 
 def _filled_groups(signs: Tensor, layout: Layout) -> Tensor:

@@ -124,7 +124,7 @@ int nomul_prepare(const nomul_layout* l, int32_t mode, const float* x, int64_t t
 int nomul_rows(const nomul_layout* l, int32_t mode, const uint8_t* weight, const float* bias, const void* scratch,
                int64_t tokens, int64_t first_row, int64_t last_row, float* y) {
   if (const int code = check(l, mode, tokens)) return code;
-  if (first_row % 16 || first_row < 0 || last_row > l->rows || first_row > last_row)
+  if (first_row % 32 || first_row < 0 || last_row > l->rows || first_row > last_row)
     return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be computed by themselves", first_row, last_row);
   if (first_row < last_row) chosen().load()->rows(*l, mode, weight, bias, scratch, tokens, first_row, last_row, y);
   return NOMUL_OK;
@@ -164,7 +164,7 @@ int nomul_linear(const nomul_layout* l, int32_t mode, const uint8_t* weight, int
 
 int nomul_decode(const nomul_layout* l, const uint8_t* weight, int64_t first_row, int64_t last_row, float* out) {
   if (const int code = check(l, NOMUL_EXACT, 0)) return code;
-  if (first_row % 16 || first_row < 0 || last_row > l->rows || first_row > last_row)
+  if (first_row % 32 || first_row < 0 || last_row > l->rows || first_row > last_row)
     return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be decoded by themselves", first_row, last_row);
   chosen().load()->decode(*l, weight, first_row, last_row, out);
   return NOMUL_OK;

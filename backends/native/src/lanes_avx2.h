@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define NOMUL_INLINE static inline __attribute__((always_inline))
+
 namespace NOMUL_NAMESPACE {
 
 struct Floats {
@@ -38,6 +40,8 @@ static inline Floats load_some(const float* p, int count) {
   std::memcpy(whole, p, sizeof(float) * (count < 16 ? count : 16));
   return load(whole);
 }
+
+static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 static inline Ints bytes(const uint8_t* p) {
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#define NOMUL_INLINE static inline __attribute__((always_inline))
+
 namespace NOMUL_NAMESPACE {
 
 struct Floats {
@@ -28,6 +30,8 @@ static inline void store(float* p, Floats a, int count) {
 static inline Floats load_some(const float* p, int count) {
   return {_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p)};
 }
+
+static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 static inline Ints bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 static inline Ints low_nibbles(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(15))}; }

@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Without registers to keep values in, forcing functions into their callers only makes compiling slow.
+#define NOMUL_INLINE static inline
+
 namespace NOMUL_NAMESPACE {
 
 struct Floats {
@@ -48,6 +51,8 @@ static inline Floats operator*(Floats a, Floats b) {
 }
 static inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 static inline void store(float* p, Floats a, int count) { std::memcpy(p, a.v, sizeof(float) * (count < 16 ? count : 16)); }
+
+static inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 static inline Ints bytes(const uint8_t* p) {
   Ints r;

@@ -30,14 +30,14 @@ struct FloatSums {
   static constexpr int64_t kTableBytes = kFloatTableBytes;
 
   template <int P, int R, int M>
-  static void block(const uint8_t* const* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
+  NOMUL_INLINE void block(const uint8_t* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++)
         for (int p = 0; p < P; p++) {
           Floats total = sums[r][m][p];
           for (int c = 0; c < chunks; c++) {
             const float* t = (const float*)(tokens[m].tables + c * kTableBytes);
-            const __m256i* bits = (const __m256i*)(signs[r] + (c * P + p) * 64);
+            const __m256i* bits = (const __m256i*)(signs + ((c * P + p) * kHalves + r) * 64);
             total.a = _mm256_add_ps(total.a, chunk_sum(_mm256_loadu_si256(bits), t));
             total.b = _mm256_add_ps(total.b, chunk_sum(_mm256_loadu_si256(bits + 1), t));
           }

@@ -15,13 +15,13 @@ struct FloatSums {
   static constexpr int64_t kTableBytes = kFloatTableBytes;
 
   template <int P, int R, int M>
-  static void block(const uint8_t* const* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
+  NOMUL_INLINE void block(const uint8_t* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++)
         for (int p = 0; p < P; p++) {
           __m512 total = sums[r][m][p].v;
           for (int c = 0; c < chunks; c++) {
-            const uint8_t* from = signs[r] + (c * P + p) * 64;
+            const uint8_t* from = signs + ((c * P + p) * kHalves + r) * 64;
             const float* t = (const float*)(tokens[m].tables + c * kTableBytes);
             _mm_prefetch((const char*)from + kAhead, _MM_HINT_T0);
             const __m512i v = _mm512_loadu_si512(from);
@@ -48,7 +48,7 @@ struct ByteSums {
   static constexpr int64_t kTableBytes = Two ? 256 : 128;
 
   template <int P, int R, int M>
-  static void block(const uint8_t* const* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
+  NOMUL_INLINE void block(const uint8_t* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
     const __m512i nibble = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000), one = _mm512_set1_epi8(1);
     __m512i high[R][M][P], low[R][M][P];
 #pragma GCC unroll 8
@@ -63,7 +63,7 @@ struct ByteSums {
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
-          const uint8_t* from = signs[r] + (c * P + p) * 64;
+          const uint8_t* from = signs + ((c * P + p) * kHalves + r) * 64;
           _mm_prefetch((const char*)from + kAhead, _MM_HINT_T0);
           const __m512i v = _mm512_loadu_si512(from);
           const __m512i even = _mm512_ternarylogic_epi32(v, nibble, place, 0xEA);

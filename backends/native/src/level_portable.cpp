@@ -10,7 +10,7 @@ struct FloatSums {
   static constexpr int64_t kTableBytes = kFloatTableBytes;
 
   template <int P, int R, int M>
-  static void block(const uint8_t* const* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
+  NOMUL_INLINE void block(const uint8_t* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++)
         for (int p = 0; p < P; p++) {
@@ -19,7 +19,7 @@ struct FloatSums {
             const float* t = (const float*)(tokens[m].tables + c * kTableBytes);
             for (int row = 0; row < kLanes; row++) {
               uint32_t bits;
-              std::memcpy(&bits, signs[r] + (c * P + p) * 64 + row * 4, 4);
+              std::memcpy(&bits, signs + ((c * P + p) * kHalves + r) * 64 + row * 4, 4);
               float sum = 0.0f;
               for (int n = 0; n < 8; n++) sum += t[16 * n + (bits >> 4 * n & 15)];
               total.v[row] += sum;

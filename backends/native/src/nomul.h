@@ -43,7 +43,7 @@ NOMUL_API int64_t nomul_scratch_bytes(const nomul_layout* layout, int64_t tokens
 // Turn activations x [tokens, inputs] into what the row kernels look up; scratch is 64-byte aligned.
 NOMUL_API int nomul_prepare(const nomul_layout* layout, int32_t mode, const float* x, int64_t tokens, void* scratch);
 
-// Compute y[t, first_row..last_row) of y [tokens, rows] from a prepared scratch; first_row is a multiple of 16.
+// Compute y[t, first_row..last_row) of y [tokens, rows] from a prepared scratch; first_row is a multiple of 32.
 // bias: float [rows] or null.
 NOMUL_API int nomul_rows(const nomul_layout* layout, int32_t mode, const uint8_t* weight, const float* bias,
                          const void* scratch, int64_t tokens, int64_t first_row, int64_t last_row, float* y);
@@ -52,7 +52,7 @@ NOMUL_API int nomul_rows(const nomul_layout* layout, int32_t mode, const uint8_t
 NOMUL_API int nomul_linear(const nomul_layout* layout, int32_t mode, const uint8_t* weight, int64_t weight_bytes,
                            const float* bias, const float* x, int64_t tokens, float* y, int32_t threads);
 
-// Decode rows [first_row, last_row) to float [rows, inputs].
+// Decode rows [first_row, last_row) to float [rows, inputs]; first_row is a multiple of 32.
 NOMUL_API int nomul_decode(const nomul_layout* layout, const uint8_t* weight, int64_t first_row, int64_t last_row,
                            float* out);
 

@@ -17,49 +17,58 @@ struct Run {
   float* y;
 };
 
-// Compute R tiles of 16 rows from `tile` on, for M tokens from `token` on, with P planes.
+// Compute R halves of a tile from `half` on, for M tokens from `token` on, with P planes.
 template <class Sums, int P, int R, int M>
-static void few_tiles(const Run& run, int64_t tile, int64_t token) {
+static void few_rows(const Run& run, int64_t tile, int half, int64_t token) {
   const Shape& s = run.shape;
-  const uint8_t *head[R], *record[R], *signs[R];
+  const uint8_t* head = run.weight + tile * s.tile_bytes;
+  const uint8_t* record = head + kHalves * s.exponent_bytes + half * s.scale_bytes;
+  const uint8_t* signs = head + s.head_bytes + half * 64;
+  const bool offset = s.offset != NOMUL_NO_OFFSET || s.tied;
   Floats y[R][M], z[R][M];
   Token t[M];
-  for (int r = 0; r < R; r++) {
-    head[r] = run.weight + (tile + r) * s.tile_bytes;
-    record[r] = head[r] + (s.terms ? 2 * kLanes : 0);
-    signs[r] = head[r] + s.head_bytes;
-  }
+#pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
     t[m] = token_of(run.scratch, run.tables, token + m);
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) y[r][m] = z[r][m] = zeros();
   }
-  const bool offset = s.offset != NOMUL_NO_OFFSET || s.tied;
   for (int64_t g = 0; g < s.groups; g++) {
     const int64_t chunks = g + 1 < s.groups ? s.group_chunks : s.last_chunks;
     Floats sums[R][M][P];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
       for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
         for (int p = 0; p < P; p++) sums[r][m][p] = zeros();
     for (int64_t done = 0; done < chunks; done += kBlockChunks) {
       const int now = (int)(chunks - done < kBlockChunks ? chunks - done : kBlockChunks);
       Sums::template block<P, R, M>(signs, now, t, sums);
-      for (int r = 0; r < R; r++) signs[r] += now * P * 64;
+      signs += now * P * kHalves * 64;
+#pragma GCC unroll 8
       for (int m = 0; m < M; m++) t[m].tables += now * Sums::kTableBytes, t[m].factors++;
     }
+    // The scales of the next tile: too short a stream for the CPU to see it coming.
+    prefetch(record + s.tile_bytes);
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      Scales scales;
-      decode_scales<P>(s, record[r], scales);
-      record[r] += s.scale_bytes;
+      Scales<P> scales;
+      decode_scales<P>(s, record + r * s.scale_bytes, scales);
+#pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
+#pragma GCC unroll 8
         for (int p = 0; p < P; p++) y[r][m] = fma(scales.plane[p], sums[r][m][p], y[r][m]);
         if (offset) z[r][m] = fma(scales.offset, all(t[m].sums[g]), z[r][m]);
       }
     }
+    record += kHalves * s.scale_bytes;
   }
   for (int r = 0; r < R; r++) {
-    const int64_t row = (tile + r) * kLanes;
-    const int count = (int)(run.last_row - row < kLanes ? run.last_row - row : kLanes);
-    const int8_t* exponents = (const int8_t*)head[r];
+    const int64_t row = tile * kRows + (half + r) * kLanes;
+    const int64_t left = run.last_row - row;
+    if (left <= 0) break;
+    const int8_t* exponents = (const int8_t*)head + (half + r) * s.exponent_bytes;
     for (int m = 0; m < M; m++) {
       Floats out = y[r][m];
       if (s.terms) {
@@ -68,30 +77,24 @@ static void few_tiles(const Run& run, int64_t tile, int64_t token) {
       } else if (offset) {
         out = out + z[r][m];
       }
+      const int count = (int)(left < kLanes ? left : kLanes);
       if (run.bias) out = out + load_some(run.bias + row, count);
       store(run.y + (token + m) * s.rows + row, out, count);
     }
   }
 }
 
-template <class Sums, int P, int R>
-static void tiles_of_rows(const Run& run, int64_t tile) {
-  // As many tokens at once as leave registers for their sums.
-  constexpr int kMany = P * R <= 3 ? 4 : P * R <= 6 ? 2 : 1;
-  int64_t token = 0;
-  for (; token + kMany <= run.tokens; token += kMany) few_tiles<Sums, P, R, kMany>(run, tile, token);
-  for (; token < run.tokens; token++) few_tiles<Sums, P, R, 1>(run, tile, token);
-}
-
+// One token takes both halves at once; several share what one half selects, as many as leave registers for the sums.
 template <class Sums, int P>
 static void all_rows(const Run& run, int64_t first_row) {
-  const int64_t last = over(run.last_row, kLanes);
-  int64_t tile = first_row / kLanes;
-  if constexpr (P <= 4) {
-    if (run.tokens == 1)
-      for (; tile + 2 <= last; tile += 2) tiles_of_rows<Sums, P, 2>(run, tile);
+  constexpr int kMany = P <= 3 ? 4 : P <= 6 ? 2 : 1, kBoth = P <= 6 ? 2 : 1;
+  for (int64_t tile = first_row / kRows; tile < over(run.last_row, kRows); tile++) {
+    int64_t token = 0;
+    for (; kMany > 1 && token + kMany <= run.tokens; token += kMany)
+      for (int half = 0; half < kHalves; half++) few_rows<Sums, P, 1, kMany>(run, tile, half, token);
+    for (; token < run.tokens; token++)
+      for (int half = 0; half < kHalves; half += kBoth) few_rows<Sums, P, kBoth, 1>(run, tile, half, token);
   }
-  for (; tile < last; tile++) tiles_of_rows<Sums, P, 1>(run, tile);
 }
 
 template <class Sums>
@@ -111,31 +114,33 @@ static void rows_with(const Run& run, int64_t first_row) {
 // Decode rows to float weights.
 template <int P>
 static void decode_tiles(const Shape& s, const uint8_t* weight, int64_t first_row, int64_t last_row, float* out) {
-  for (int64_t tile = first_row / kLanes; tile < over(last_row, kLanes); tile++) {
-    const uint8_t *head = weight + tile * s.tile_bytes, *record = head + (s.terms ? 2 * kLanes : 0);
-    const uint8_t* signs = head + s.head_bytes;
-    const int8_t* exponents = (const int8_t*)head;
-    const bool offset = s.offset != NOMUL_NO_OFFSET || s.tied;
-    const int64_t rows = last_row - tile * kLanes < kLanes ? last_row - tile * kLanes : kLanes;
-    for (int64_t g = 0; g < s.groups; g++, record += s.scale_bytes) {
-      Scales scales;
+  const bool offset = s.offset != NOMUL_NO_OFFSET || s.tied;
+  for (int64_t first = first_row; first < last_row; first += kLanes) {
+    const int64_t half = first / kLanes % kHalves, rows = last_row - first < kLanes ? last_row - first : kLanes;
+    const uint8_t* head = weight + first / kRows * s.tile_bytes;
+    const uint8_t* record = head + kHalves * s.exponent_bytes + half * s.scale_bytes;
+    const uint8_t* signs = head + s.head_bytes + half * 64;
+    const int8_t* exponents = (const int8_t*)head + half * s.exponent_bytes;
+    for (int64_t g = 0; g < s.groups; g++, record += kHalves * s.scale_bytes) {
+      Scales<P> scales;
       decode_scales<P>(s, record, scales);
-      Floats z = offset ? scales.offset : zeros();
-      if (s.terms) z = scaled(z, s.tied ? exponents : exponents + kLanes);
-      alignas(64) float alpha[P][kLanes], low[kLanes];
-      store(low, z, kLanes);
+      alignas(64) float alpha[P][kLanes], low[kLanes] = {};
+      if (offset) {
+        const Floats z = scales.offset;
+        store(low, s.terms ? scaled(z, s.tied ? exponents : exponents + kLanes) : z, kLanes);
+      }
       for (int p = 0; p < P; p++) store(alpha[p], s.terms ? scaled(scales.plane[p], exponents) : scales.plane[p], kLanes);
       const int64_t start = g * s.group, end = g + 1 < s.groups ? start + s.group : s.inputs;
-      for (int64_t i = start; i < end; i += kChunk, signs += P * 64)
+      for (int64_t i = start; i < end; i += kChunk, signs += P * kHalves * 64)
         for (int64_t k = i; k < (i + kChunk < end ? i + kChunk : end); k++)
           for (int64_t r = 0; r < rows; r++) {
             double w = low[r];
             for (int p = 0; p < P; p++) {
               uint32_t bits;
-              std::memcpy(&bits, signs + p * 64 + r * 4, 4);
+              std::memcpy(&bits, signs + p * kHalves * 64 + r * 4, 4);
               w += bits >> (k - i) & 1 ? (double)alpha[p][r] : -(double)alpha[p][r];
             }
-            out[(tile * kLanes - first_row + r) * s.inputs + k] = (float)w;
+            out[(first - first_row + r) * s.inputs + k] = (float)w;
           }
     }
   }
