@@ -12,7 +12,7 @@ from backends.onnxruntime.emitter import Emitter, Refused
 from backends.onnxruntime.fusion import plan
 from backends.onnxruntime.groups import Fused
 from backends.onnxruntime.packages import package
-from backends.onnxruntime.tables import overload_text, whole_table
+from backends.onnxruntime.tables import overload_text, own_groups, whole_table
 from ir.errors import UnsupportedError
 from ir.program import Program
 from ir.text import node_line
@@ -35,7 +35,7 @@ def emit_program(program: Program, opset: int = DEFAULT_OPSET, fuse: bool = True
             f"opset {opset} cannot be written", where=program.name, fix=f"use one of {', '.join(map(str, OPSETS))}"
         )
     emitter = Emitter(program, whole_table(), opset, fuse)
-    fused = plan(program, opset) if fuse else ()
+    fused = plan(program, opset, own_groups()) if fuse else ()
     owner = {node: group for group in fused for node in group.binds}
     roots = {group.root: group for group in fused}
     refused: list[tuple[fx.Node, str]] = []

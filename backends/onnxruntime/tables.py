@@ -1,7 +1,8 @@
 """The whole operator table: standard operators here, those of nomul from `nomul_ops` where it is there.
 
 `nomul_ops` has `TABLE`, of the same form as those here, and `library(program)`: the path of the library that the
-operators of its domain need, or None where the file brings functions for all that it calls.
+operators of its domain need, or None where the file brings functions for all that it calls. It may have `GROUPS`:
+functions of the program that return `groups.Fused`, for calls that are better emitted together.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def whole_table() -> dict[Any, Entry]:
     """Return operator overload (or function on sizes) -> entry."""
     own = importlib.import_module(_NOMUL).TABLE if find_spec(_NOMUL) is not None else {}
     return {**STANDARD, **own}
+
+
+def own_groups() -> tuple[Any, ...]:
+    """Return the functions that find groups of nomul's operators."""
+    return tuple(getattr(importlib.import_module(_NOMUL), "GROUPS", ())) if find_spec(_NOMUL) is not None else ()
 
 
 def library_for(program: Program) -> Path | None:
