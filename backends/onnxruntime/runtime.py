@@ -60,17 +60,15 @@ class OnnxRuntime(Runtime):
             self._learn(sizes, tensor_type_of(node), given)
             if name in self._read:
                 _bind(binding.bind_input, name, given)
-        outputs = [self._room(kind, sizes) for kind in self._kinds]
+        outputs = self._outputs(sizes)
         for index, room in enumerate(outputs):
             if room is None:
                 binding.bind_output(output_name(index))
             else:
                 _bind(binding.bind_output, output_name(index), room)
         self._run(binding)
-        return tuple(
-            torch.from_numpy(binding.get_outputs()[i].numpy()) if room is None else room
-            for i, room in enumerate(outputs)
-        )
+        found = binding.get_outputs() if any(room is None for room in outputs) else ()
+        return tuple(torch.from_numpy(found[i].numpy()) if r is None else r for i, r in enumerate(outputs))
 
     def _run(self, binding: Any) -> None:
         try:
@@ -92,13 +90,15 @@ class OnnxRuntime(Runtime):
                     "the inputs do not fit each other", where=dim, why=f"it is {sizes[dim_name(dim)]} and {size}"
                 )
 
-    @staticmethod
-    def _room(kind: TensorType, sizes: dict[str, int]) -> Tensor | None:
-        """Return memory for an output, or None where its size follows from no input."""
-        known = dict(sizes)
-        known.setdefault("total", known.get("past", 0) + known.get("seq", 0))
-        dims = [d if isinstance(d, int) else known.get(dim_name(d)) for d in kind.dims]
-        return None if None in dims else torch.empty([int(d) for d in dims if d is not None], dtype=kind.dtype)
+    def _outputs(self, sizes: dict[str, int]) -> list[Tensor | None]:
+        """Return memory for every output, None where its size follows from no input.
+
+        The allocator hands the memory of the last step's cache out again; a pool of blocks of our own took as long.
+        """
+        known = {"total": sizes.get("past", 0) + sizes.get("seq", 0), **sizes}
+        shapes = [_dims(kind, known) for kind in self._kinds]
+        pairs = zip(self._kinds, shapes, strict=True)
+        return [None if dims is None else torch.empty(dims, dtype=kind.dtype) for kind, dims in pairs]
 
     def _check_names(self) -> None:
         found = [o.name for o in self._session.get_outputs()]
@@ -110,6 +110,12 @@ class OnnxRuntime(Runtime):
                 why=f"its inputs are {sorted(self._read)[:3]}..., its outputs {found[:3]}...",
                 fix="compile the artifact again",
             )
+
+
+def _dims(kind: TensorType, known: dict[str, int]) -> list[int] | None:
+    """Return the dims of an output in this run, None where one of them is unknown."""
+    dims = [d if isinstance(d, int) else known.get(dim_name(d), -1) for d in kind.dims]
+    return None if -1 in dims else dims
 
 
 def _bind(function: Any, name: str, tensor: Tensor) -> None:
