@@ -24,6 +24,7 @@ _QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 # One translation unit an instruction set, each with its flags: nothing compiled for a newer CPU is run on an older one.
 _UNITS = {
     "dispatch": ("-O2",),
+    "ort": ("-O2",),
     # Its loops over sixteen rows take -O3 long to compile and gain little.
     "level_portable": ("-O2",),
     "level_avx2": ("-O3", "-mavx2", "-mfma", "-mf16c"),
@@ -32,7 +33,7 @@ _UNITS = {
         *("-mfma", "-mf16c"),
     ),
 }
-_ANYWHERE = ("dispatch", "level_portable")
+_ANYWHERE = ("dispatch", "ort", "level_portable")
 _WAIT = 600.0
 
 

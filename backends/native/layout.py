@@ -12,7 +12,7 @@ from ir.errors import UnsupportedError
 from ir.ops.codes import expand_rows, group_count
 from ir.ops.packing import pack_bits, unpack_bits
 from ir.ops.quant import QuantCodes
-from ir.ops.shiftcode import ShiftCodes, decode_zeros
+from ir.ops.shiftcode import ShiftCodes, decode_offsets, decode_plane, decode_scales, decode_zeros, encode
 from ir.rewrite import No
 
 VERSION = 1
@@ -110,18 +110,29 @@ def refuses(codes: ShiftCodes | QuantCodes) -> No | None:
     return None
 
 
+def layout_of(codes: ShiftCodes | QuantCodes) -> Layout:
+    """Return the layout that `pack` gives codes; raises UnsupportedError where `refuses` gives a reason."""
+    if (no := refuses(codes)) is not None:
+        raise UnsupportedError("the weight cannot be put in tile order", why=no.reason, fix="run it by reference")
+    if isinstance(codes, QuantCodes):
+        offset = NO_OFFSET if codes.zeros is None else ZERO_POINT
+        return Layout(codes.bits, codes.group, 0, 1, offset, codes.codes.shape[0], codes.in_features)
+    uniform, twice = codes.code == "uniform", 2 if codes.meaning.trits else 1
+    offset = NO_OFFSET if codes.offsets is None else ZERO_POINT if uniform else OFFSET
+    planes = codes.planes * twice
+    return Layout(planes, codes.group, codes.terms, int(uniform), offset, codes.rows, codes.in_features)
+
+
 def pack(codes: ShiftCodes | QuantCodes) -> Packed:
     """Return codes in tile order; scales that tiles of rows share are repeated for each row.
 
     Trits become two sign planes each. Raises UnsupportedError where `refuses` gives a reason.
     """
-    if (no := refuses(codes)) is not None:
-        raise UnsupportedError("the weight cannot be put in tile order", why=no.reason, fix="run it by reference")
+    layout = layout_of(codes)
     if isinstance(codes, QuantCodes):
-        layout, signs, records, exponents = _of_quant(codes)
+        signs, records, exponents = _of_quant(codes, layout)
     else:
-        codes = _of_signs(codes)
-        layout, signs, records, exponents = _of_shift(codes)
+        signs, records, exponents = _of_shift(_as_signs(codes), layout)
     head = torch.zeros(layout.tiles, layout.head_bytes, dtype=torch.uint8)
     parts = [records.flatten(1)]
     if exponents is not None:
@@ -136,42 +147,44 @@ def pack(codes: ShiftCodes | QuantCodes) -> Packed:
     return Packed(data, layout)
 
 
-def _of_signs(codes: ShiftCodes) -> ShiftCodes:
-    """Return codes with trits as pairs of sign planes, a trit being half the sum of its two signs."""
+def _as_signs(codes: ShiftCodes) -> ShiftCodes:
+    """Return codes with every plane of trits as two of signs, a trit being half the sum of its two signs."""
     if not codes.meaning.trits:
         return codes
-    raise UnsupportedError("trits cannot be put in tile order yet", fix="run them by reference")
+    digits = [decode_plane(codes, plane) for plane in range(codes.planes)]
+    signs = torch.stack([pack_bits((d >= least).to(torch.uint8), 1) for d in digits for least in (0, 1)])
+    scales = decode_scales(codes).repeat_interleave(2, 2) / 2
+    unpacked = torch.stack([unpack_bits(s, 1, codes.in_features) for s in signs]).bool()
+    same = (codes.group, codes.terms, codes.row_group)
+    found = encode(unpacked, scales, decode_offsets(codes), *same)
+    if not torch.equal(decode_scales(found), scales):
+        raise UnsupportedError("a scale of trits cannot be halved", why="it is too small for its code")
+    return found
 
 
-def _of_shift(codes: ShiftCodes) -> tuple[Layout, Tensor, Tensor, Tensor | None]:
-    uniform = codes.code == "uniform"
-    offset = NO_OFFSET if codes.offsets is None else ZERO_POINT if uniform else OFFSET
-    layout = Layout(codes.planes, codes.group, codes.terms, int(uniform), offset, codes.rows, codes.in_features)
+def _of_shift(codes: ShiftCodes, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return sign planes [P, N, bytes], records and exponents [N, 2] of shift-add codes."""
     groups, sets, terms = layout.groups, layout.sets, layout.terms
-    spread = {"row_group": codes.row_group, "rows": codes.rows}
-    zeros = expand_rows(decode_zeros(codes), **spread) if offset == ZERO_POINT else None
+    rows = codes.row_group, codes.rows
+    zeros = expand_rows(decode_zeros(codes), *rows) if layout.offset == ZERO_POINT else None
     if terms == 0:
         values = codes.scales.reshape(-1, groups, sets)
-        if offset == OFFSET and codes.offsets is not None:
+        if layout.offset == OFFSET and codes.offsets is not None:
             values = torch.cat([values, codes.offsets.reshape(-1, groups, 1)], -1)
-        return layout, codes.signs, _half_records(expand_rows(values, **spread), zeros), None
+        return codes.signs, _half_records(expand_rows(values, *rows), zeros), None
     assert codes.exponents is not None
     nibbles = unpack_bits(codes.scales, 4, groups * sets * terms).reshape(-1, groups, sets * terms)
-    if offset == OFFSET and codes.offsets is not None:
+    if layout.offset == OFFSET and codes.offsets is not None:
         later = unpack_bits(codes.offsets, 4, groups * terms).reshape(-1, groups, terms)
         nibbles = torch.cat([nibbles, later], -1)
-    records = _nibble_records(expand_rows(nibbles, **spread), zeros)
-    return layout, codes.signs, records, expand_rows(codes.exponents, **spread)
+    return codes.signs, _nibble_records(expand_rows(nibbles, *rows), zeros), expand_rows(codes.exponents, *rows)
 
 
-def _of_quant(codes: QuantCodes) -> tuple[Layout, Tensor, Tensor, None]:
-    rows, groups = codes.codes.shape[0], group_count(codes.in_features, codes.group)
-    offset = NO_OFFSET if codes.zeros is None else ZERO_POINT
-    layout = Layout(codes.bits, codes.group, 0, 1, offset, rows, codes.in_features)
+def _of_quant(codes: QuantCodes, layout: Layout) -> tuple[Tensor, Tensor, None]:
     values = unpack_bits(codes.codes, codes.bits, codes.in_features)
     signs = torch.stack([pack_bits(values >> i & 1, 1) for i in range(codes.bits)])
-    zeros = None if codes.zeros is None else unpack_bits(codes.zeros, codes.bits, groups)
-    return layout, signs, _half_records(codes.scales.reshape(rows, groups, 1), zeros), None
+    zeros = None if codes.zeros is None else unpack_bits(codes.zeros, codes.bits, layout.groups)
+    return signs, _half_records(codes.scales.reshape(layout.rows, layout.groups, 1), zeros), None
 
 
 def _by_half(values: Tensor) -> Tensor:

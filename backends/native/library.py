@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,10 @@ _SIGNATURES = {
     "nomul_linear": (
         c_int,
         [POINTER(_Layout), c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32],
+    ),
+    "nomul_hadamard": (
+        c_int,
+        [c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int64, POINTER(c_int64), POINTER(c_void_p), c_void_p],
     ),
     "nomul_decode": (c_int, [POINTER(_Layout), c_void_p, c_int64, c_int64, c_void_p]),
     "nomul_level": (c_char_p, []),
@@ -131,6 +136,20 @@ class Library:
             self._handle.nomul_decode(byref(_struct(layout)), weight.data.data_ptr(), 0, layout.rows, out.data_ptr())
         )
         return out
+
+    def hadamard(self, x: Tensor, signs: Tensor, columns: Sequence[Tensor], transposed: bool = False) -> Tensor:
+        """Return H D x, or D H^T x, for float32 x [..., K], signs [K] and the factors of H by columns."""
+        flat = x.reshape(-1, signs.numel()).contiguous()
+        out = torch.empty_like(flat)
+        sizes = (c_int64 * len(columns))(*(c.shape[0] for c in columns))
+        pointers = (c_void_p * len(columns))(*(c.data_ptr() for c in columns))
+        self._done(
+            self._handle.nomul_hadamard(
+                *(flat.data_ptr(), flat.shape[0], flat.shape[1], signs.data_ptr(), int(transposed)),
+                *(len(columns), sizes, pointers, out.data_ptr()),
+            )
+        )
+        return out.reshape(x.shape)
 
     def _done(self, code: int) -> None:
         if code:

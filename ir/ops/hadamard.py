@@ -119,8 +119,8 @@ def _known(order: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def _merged(order: int) -> tuple[Tensor, ...]:
-    """Return matrices whose Kronecker product is H: neighbouring factors are one matrix up to `_AT_A_TIME` channels."""
+def hadamard_factors(order: int) -> tuple[Tensor, ...]:
+    """Return int8 matrices whose Kronecker product is H, neighbouring factors as one up to `_AT_A_TIME` channels."""
     matrices: list[Tensor] = []
     for factor in reversed(_known(order)):
         matrix = _factor_matrix(factor)
@@ -137,7 +137,7 @@ def _transform(x: Tensor, order: int, transposed: bool) -> Tensor:
     A factor turns an axis of what precedes it, its own channels and what follows: no values have to change places.
     """
     turned, after = x, 1
-    for matrix in reversed(_merged(order)):
+    for matrix in reversed(hadamard_factors(order)):
         size = matrix.shape[0]
         factor = (matrix.T if transposed else matrix).to(x)
         turned = turned.reshape(-1, size) @ factor.T if after == 1 else factor @ turned.view(-1, size, after)

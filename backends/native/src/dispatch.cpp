@@ -170,6 +170,28 @@ int nomul_decode(const nomul_layout* l, const uint8_t* weight, int64_t first_row
   return NOMUL_OK;
 }
 
+int nomul_hadamard(const float* x, int64_t tokens, int64_t width, const float* signs, int32_t signs_last,
+                   int64_t factors, const int64_t* sizes, const float* const* columns, float* y) {
+  if (!chosen().load()) return no_level();
+  if (tokens == 0) return NOMUL_OK;
+  if (!x || !signs || !sizes || !columns || !y || width < 1 || factors < 1)
+    return refuse(NOMUL_BAD_ARGUMENT, "a pointer is null, or there are no channels or factors");
+  int64_t order = 1;
+  for (int64_t f = 0; f < factors; f++) {
+    if (sizes[f] < 1 || sizes[f] > width) return refuse(NOMUL_BAD_ARGUMENT, "a factor cannot have order %lld", sizes[f]);
+    order *= sizes[f];
+    if (order > width) break;
+  }
+  if (order > width || width % order)
+    return refuse(NOMUL_BAD_ARGUMENT, "blocks of %lld do not divide %lld channels", order, width);
+  static thread_local std::vector<float> spare;
+  if ((int64_t)spare.size() < width) spare.resize(width);
+  for (int64_t t = 0; t < tokens; t++)
+    chosen().load()->hadamard(x + t * width, signs, signs_last, width, factors, sizes, columns, y + t * width,
+                              spare.data());
+  return NOMUL_OK;
+}
+
 const char* nomul_level(void) {
   const nomul_kernels* k = chosen().load();
   return k ? k->name : "";

@@ -1,5 +1,6 @@
 // AVX2, FMA, F16C: eight float sums a register. Of the sixteen sums of a nibble eight are the others' negatives.
 #define NOMUL_NAMESPACE nomul_avx2
+#include "hadamard.h"
 #include "kernels.h"
 #include "lanes_avx2.h"
 #include "rows.h"
@@ -52,6 +53,6 @@ struct FloatSums {
 
 const nomul_kernels* nomul_avx2_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"avx2", scratch_bytes, prepare, rows, decode};
+  static const nomul_kernels k = {"avx2", scratch_bytes, prepare, rows, hadamard, decode};
   return &k;
 }

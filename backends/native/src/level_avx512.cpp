@@ -2,6 +2,7 @@
 #define NOMUL_NAMESPACE nomul_avx512
 #include <cmath>
 
+#include "hadamard.h"
 #include "kernels.h"
 #include "lanes_avx512.h"
 #include "rows.h"
@@ -184,6 +185,6 @@ static void decode(const nomul_layout& l, const uint8_t* weight, int64_t first_r
 
 const nomul_kernels* nomul_avx512_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"avx512", scratch_bytes, prepare, rows, decode};
+  static const nomul_kernels k = {"avx512", scratch_bytes, prepare, rows, hadamard, decode};
   return &k;
 }

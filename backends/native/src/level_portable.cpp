@@ -1,5 +1,6 @@
 // Any CPU: float tables, looked up one by one.
 #define NOMUL_NAMESPACE nomul_portable
+#include "hadamard.h"
 #include "kernels.h"
 #include "lanes_portable.h"
 #include "rows.h"
@@ -36,6 +37,6 @@ struct FloatSums {
 
 const nomul_kernels* nomul_portable_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"portable", scratch_bytes, prepare, rows, decode};
+  static const nomul_kernels k = {"portable", scratch_bytes, prepare, rows, hadamard, decode};
   return &k;
 }

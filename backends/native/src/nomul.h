@@ -56,6 +56,12 @@ NOMUL_API int nomul_linear(const nomul_layout* layout, int32_t mode, const uint8
 NOMUL_API int nomul_decode(const nomul_layout* layout, const uint8_t* weight, int64_t first_row, int64_t last_row,
                            float* out);
 
+// Turn each token of x [tokens, width] by y = H D x, or D H^T x where signs_last is set. H acts on each block of
+// prod(sizes) channels as the Kronecker product of `factors` matrices; columns[f] is factor f by columns, [size, size];
+// signs: float [width], the diagonal D.
+NOMUL_API int nomul_hadamard(const float* x, int64_t tokens, int64_t width, const float* signs, int32_t signs_last,
+                             int64_t factors, const int64_t* sizes, const float* const* columns, float* y);
+
 // The level in use (`portable`, `avx2`, `avx512`, `amx`), the levels this CPU can run, comma separated; choose one.
 NOMUL_API const char* nomul_level(void);
 NOMUL_API const char* nomul_levels(void);

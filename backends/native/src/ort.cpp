@@ -1,0 +1,280 @@
+// ONNX Runtime's side: the operators of the domain `nomul`, on the runtime's threads.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "nomul.h"
+#include "ort_abi.h"
+
+namespace {
+
+using ort::call;
+using ort::CustomOp;
+using ort::Table;
+
+struct Tensor {
+  void* data = nullptr;
+  int type = 0;
+  std::vector<int64_t> dims;
+  int64_t count = 0;
+};
+
+OrtStatus* failure(Table api, const std::string& why, int code = ort::kInvalidArgument) {
+  return call<OrtStatus*>(api, ort::CreateStatus, code, why.c_str());
+}
+
+// Read what a value holds; the runtime's own status if it cannot be.
+OrtStatus* read(Table api, const OrtValue* value, Tensor& out) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  if (OrtStatus* s = call<OrtStatus*>(api, ort::GetTensorTypeAndShape, value, &info)) return s;
+  size_t rank = 0, count = 0;
+  OrtStatus* s = call<OrtStatus*>(api, ort::GetDimensionsCount, (const OrtTensorTypeAndShapeInfo*)info, &rank);
+  out.dims.resize(rank);
+  if (!s) s = call<OrtStatus*>(api, ort::GetDimensions, (const OrtTensorTypeAndShapeInfo*)info, out.dims.data(), rank);
+  if (!s) s = call<OrtStatus*>(api, ort::GetTensorShapeElementCount, (const OrtTensorTypeAndShapeInfo*)info, &count);
+  if (!s) s = call<OrtStatus*>(api, ort::GetTensorElementType, (const OrtTensorTypeAndShapeInfo*)info, &out.type);
+  if (!s) s = call<OrtStatus*>(api, ort::GetTensorMutableData, const_cast<OrtValue*>(value), &out.data);
+  call<void>(api, ort::ReleaseTensorTypeAndShapeInfo, info);
+  out.count = (int64_t)count;
+  return s;
+}
+
+OrtStatus* integer(Table api, const OrtKernelInfo* info, const char* name, int64_t& out) {
+  return call<OrtStatus*>(api, ort::KernelInfoGetAttribute_int64, info, name, &out);
+}
+
+// A constant input of a node; its data is the session's own and lives as long.
+OrtStatus* constant(Table api, const OrtKernelInfo* info, size_t index, const char* what, int type, Tensor& out) {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  if (OrtStatus* s = call<OrtStatus*>(api, ort::KernelInfoGetConstantInput_tensor, info, index, &is_constant, &value))
+    return s;
+  if (!is_constant || !value) return failure(api, std::string(what) + " must be a constant of the model");
+  if (OrtStatus* s = read(api, value, out)) return s;
+  if (out.type != type) return failure(api, std::string(what) + " has another element type than it must have");
+  return nullptr;
+}
+
+OrtStatus* input(Table api, OrtKernelContext* context, size_t index, Tensor& out) {
+  const OrtValue* value = nullptr;
+  if (OrtStatus* s =
+          call<OrtStatus*>(api, ort::KernelContext_GetInput, (const OrtKernelContext*)context, index, &value))
+    return s;
+  out = Tensor();
+  return value ? read(api, value, out) : nullptr;
+}
+
+OrtStatus* output(Table api, OrtKernelContext* context, size_t index, const std::vector<int64_t>& dims, float** data) {
+  OrtValue* value = nullptr;
+  if (OrtStatus* s =
+          call<OrtStatus*>(api, ort::KernelContext_GetOutput, context, index, dims.data(), dims.size(), &value))
+    return s;
+  return call<OrtStatus*>(api, ort::GetTensorMutableData, value, (void**)data);
+}
+
+// Scratch of a thread, grown when needed, at multiples of 64 bytes.
+void* scratch_of(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> held;
+  static thread_local int64_t size = 0;
+  if (size < bytes) {
+    held.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    size = held ? bytes : 0;
+  }
+  return held.get();
+}
+
+// y = x W^T + bias with W in tile order: inputs x, weight, bias (optional).
+struct TiledLinear {
+  Table api;
+  nomul_layout layout{};
+  int64_t mode = NOMUL_14_BIT;
+  const uint8_t* weight = nullptr;
+};
+
+OrtStatus* create_linear(const CustomOp*, Table api, const OrtKernelInfo* info, void** out) {
+  auto kernel = std::make_unique<TiledLinear>();
+  kernel->api = api;
+  nomul_layout& l = kernel->layout;
+  struct {
+    const char* name;
+    int32_t* place;
+  } const small[] = {{"version", &l.version}, {"planes", &l.planes}, {"group", &l.group},
+                     {"terms", &l.terms},     {"tied", &l.tied},     {"offset", &l.offset}};
+  for (const auto& field : small) {
+    int64_t value = 0;
+    if (OrtStatus* s = integer(api, info, field.name, value)) return s;
+    *field.place = (int32_t)std::clamp<int64_t>(value, INT32_MIN, INT32_MAX);
+  }
+  if (OrtStatus* s = integer(api, info, "rows", l.rows)) return s;
+  if (OrtStatus* s = integer(api, info, "inputs", l.inputs)) return s;
+  if (OrtStatus* s = integer(api, info, "mode", kernel->mode)) return s;
+  const int64_t bytes = nomul_weight_bytes(&l);
+  if (bytes < 0 || nomul_scratch_bytes(&l, 1, (int32_t)kernel->mode) < 0) return failure(api, nomul_error());
+  Tensor weight;
+  if (OrtStatus* s = constant(api, info, 1, "the weight", ort::kUint8, weight)) return s;
+  if (weight.count != bytes)
+    return failure(api, "the weight has " + std::to_string(weight.count) + " bytes, its layout needs " +
+                            std::to_string(bytes));
+  kernel->weight = (const uint8_t*)weight.data;
+  *out = kernel.release();
+  return nullptr;
+}
+
+// Rows of a piece of work, and the weights below which starting threads takes longer than they save.
+constexpr int64_t kPiece = 128, kSmall = 1 << 18, kTokensAtOnce = 16;
+
+struct Pieces {
+  const TiledLinear* kernel;
+  const float *bias, *scratch;
+  int64_t tokens;
+  float* y;
+};
+
+void one_piece(void* user, size_t index) {
+  const Pieces& p = *(const Pieces*)user;
+  const nomul_layout& l = p.kernel->layout;
+  const int64_t first = (int64_t)index * kPiece;
+  nomul_rows(&l, (int32_t)p.kernel->mode, p.kernel->weight, p.bias, p.scratch, p.tokens, first,
+             std::min(l.rows, first + kPiece), p.y);
+}
+
+OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
+  const TiledLinear& k = *(const TiledLinear*)self;
+  const nomul_layout& l = k.layout;
+  Tensor x, bias;
+  if (OrtStatus* s = input(k.api, context, 0, x)) return s;
+  if (x.dims.empty() || x.dims.back() != l.inputs)
+    return failure(k.api, "nomul::TiledLinear: the last dim of the activations must be " + std::to_string(l.inputs));
+  size_t inputs = 0;
+  if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_GetInputCount, (const OrtKernelContext*)context, &inputs))
+    return s;
+  if (inputs > 2)
+    if (OrtStatus* s = input(k.api, context, 2, bias)) return s;
+  if (bias.data && bias.count != l.rows)
+    return failure(k.api, "nomul::TiledLinear: the bias must have " + std::to_string(l.rows) + " values");
+  const int64_t tokens = x.count / l.inputs;
+  std::vector<int64_t> dims = x.dims;
+  dims.back() = l.rows;
+  float* y = nullptr;
+  if (OrtStatus* s = output(k.api, context, 0, dims, &y)) return s;
+  for (int64_t t = 0; t < tokens; t += kTokensAtOnce) {
+    const int64_t now = std::min(kTokensAtOnce, tokens - t);
+    void* scratch = scratch_of(nomul_scratch_bytes(&l, now, (int32_t)k.mode));
+    if (!scratch) return failure(k.api, "nomul::TiledLinear: there is no memory for the tables", ort::kFail);
+    if (nomul_prepare(&l, (int32_t)k.mode, (const float*)x.data + t * l.inputs, now, scratch))
+      return failure(k.api, nomul_error());
+    Pieces pieces = {&k, (const float*)bias.data, (const float*)scratch, now, y + t * l.rows};
+    const size_t count = (size_t)((l.rows + kPiece - 1) / kPiece);
+    if (count == 1 || l.rows * l.inputs * now < kSmall) {
+      for (size_t i = 0; i < count; i++) one_piece(&pieces, i);
+    } else if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_ParallelFor, (const OrtKernelContext*)context,
+                                               &one_piece, count, (size_t)0, (void*)&pieces)) {
+      return s;
+    }
+  }
+  return nullptr;
+}
+
+// y = H D x: inputs x, signs float [K], and the factors by columns, one input each.
+struct Hadamard {
+  Table api;
+  int64_t width = 0, signs_last = 0;
+  const float* signs = nullptr;
+  std::vector<int64_t> sizes;
+  std::vector<const float*> columns;
+};
+
+OrtStatus* create_hadamard(const CustomOp*, Table api, const OrtKernelInfo* info, void** out) {
+  auto kernel = std::make_unique<Hadamard>();
+  kernel->api = api;
+  if (OrtStatus* s = integer(api, info, "transposed", kernel->signs_last)) return s;
+  size_t inputs = 0;
+  if (OrtStatus* s = call<OrtStatus*>(api, ort::KernelInfo_GetInputCount, info, &inputs)) return s;
+  Tensor found;
+  if (OrtStatus* s = constant(api, info, 1, "the signs", ort::kFloat, found)) return s;
+  kernel->signs = (const float*)found.data, kernel->width = found.count;
+  for (size_t i = 2; i < inputs; i++) {
+    if (OrtStatus* s = constant(api, info, i, "a factor", ort::kFloat, found)) return s;
+    if (found.dims.size() != 2 || found.dims[0] != found.dims[1])
+      return failure(api, "nomul::Hadamard: a factor must be a square matrix");
+    kernel->sizes.push_back(found.dims[0]), kernel->columns.push_back((const float*)found.data);
+  }
+  *out = kernel.release();
+  return nullptr;
+}
+
+OrtStatus* compute_hadamard(void* self, OrtKernelContext* context) {
+  const Hadamard& k = *(const Hadamard*)self;
+  Tensor x;
+  if (OrtStatus* s = input(k.api, context, 0, x)) return s;
+  if (x.dims.empty() || x.dims.back() != k.width)
+    return failure(k.api, "nomul::Hadamard: the last dim of the activations must be " + std::to_string(k.width));
+  float* y = nullptr;
+  if (OrtStatus* s = output(k.api, context, 0, x.dims, &y)) return s;
+  if (nomul_hadamard((const float*)x.data, x.count / k.width, k.width, k.signs, (int32_t)k.signs_last,
+                     (int64_t)k.sizes.size(), k.sizes.data(), k.columns.data(), y))
+    return failure(k.api, nomul_error());
+  return nullptr;
+}
+
+CustomOp make_linear() {
+  CustomOp op;
+  op.name = [](const CustomOp*) { return "TiledLinear"; };
+  op.input_type = [](const CustomOp*, size_t i) -> int { return i == 1 ? ort::kUint8 : ort::kFloat; };
+  op.input_count = [](const CustomOp*) -> size_t { return 3; };
+  op.input_presence = [](const CustomOp*, size_t i) -> int { return i == 2 ? ort::kOptional : ort::kRequired; };
+  op.create_checked = create_linear;
+  op.compute_checked = compute_linear;
+  op.destroy = [](void* kernel) { delete (TiledLinear*)kernel; };
+  return op;
+}
+
+CustomOp make_hadamard() {
+  CustomOp op;
+  op.name = [](const CustomOp*) { return "Hadamard"; };
+  op.input_type = [](const CustomOp*, size_t) -> int { return ort::kFloat; };
+  op.input_count = [](const CustomOp*) -> size_t { return 3; };
+  op.input_presence = [](const CustomOp*, size_t i) -> int { return i == 2 ? ort::kVariadic : ort::kRequired; };
+  op.create_checked = create_hadamard;
+  op.compute_checked = compute_hadamard;
+  op.destroy = [](void* kernel) { delete (Hadamard*)kernel; };
+  return op;
+}
+
+CustomOp completed(CustomOp op) {
+  op.provider = [](const CustomOp*) -> const char* { return nullptr; };
+  op.output_type = [](const CustomOp*, size_t) -> int { return ort::kFloat; };
+  op.output_count = [](const CustomOp*) -> size_t { return 1; };
+  op.output_presence = [](const CustomOp*, size_t) -> int { return ort::kRequired; };
+  op.input_memory = [](const CustomOp*, size_t) -> int { return 0; };
+  op.variadic_input_least = op.variadic_output_least = [](const CustomOp*) -> int { return 1; };
+  op.variadic_input_same = op.variadic_output_same = [](const CustomOp*) -> int { return 1; };
+  op.first_version = [](const CustomOp*) -> int { return 1; };
+  op.last_version = [](const CustomOp*) -> int { return INT32_MAX; };
+  return op;
+}
+
+}  // namespace
+
+extern "C" NOMUL_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ort::ApiBase* base) {
+  const Table api = base->get_api(ort::kVersion);
+  if (!api) {
+    const Table old = base->get_api(1);
+    return old ? failure(old, "nomul needs ONNX Runtime 1.17 or newer", ort::kFail) : nullptr;
+  }
+  static const CustomOp linear = completed(make_linear()), hadamard = completed(make_hadamard());
+  // One domain serves all sessions of a process: the runtime keeps a pointer to it.
+  static OrtCustomOpDomain* domain = nullptr;
+  static OrtStatus* refused = [&]() -> OrtStatus* {
+    if (OrtStatus* s = call<OrtStatus*>(api, ort::CreateCustomOpDomain, "nomul", &domain)) return s;
+    if (OrtStatus* s = call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &linear)) return s;
+    return call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &hadamard);
+  }();
+  return refused ? refused : call<OrtStatus*>(api, ort::AddCustomOpDomain, options, domain);
+}

@@ -1,0 +1,103 @@
+"""nomul's operators in ONNX: compressed linears in the kernels' tile order, and rotations by additions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from backends.native.build import built_library
+from backends.native.layout import layout_of, pack, refuses
+from backends.native.library import DEFAULT_MODE, MODES
+from backends.onnxruntime.emitter import Emitter, Entry, Refused, Result
+from ir.ops.hadamard import hadamard_factors
+from ir.ops.nested import NestedCodes
+from ir.ops.packing import unpack_bits
+from ir.ops.quant import QuantCodes
+from ir.ops.shiftcode import ShiftCodes
+from ir.program import Program, tensor_type_of
+
+DOMAIN, VERSION = "nomul", 1
+nomul = torch.ops.nomul
+
+
+def library(program: Program) -> Path | None:
+    """Return the library with nomul's operators; raises UnsupportedError where it can be neither found nor built."""
+    return built_library()
+
+
+def _shiftadd(e: Emitter, node: fx.Node) -> Result:
+    x, signs, scales, exponents, offsets, bias, group, terms, row_group, code = e.args(node)
+    stored = _present(e, signs), _present(e, scales), _stored(e, exponents), _stored(e, offsets)
+    codes = ShiftCodes(*stored, group, terms, _inputs(x), row_group, code)
+    return _tiled(e, node, codes, x, signs, bias)
+
+
+def _nested(e: Emitter, node: fx.Node) -> Result:
+    x, signs, scales, exponents, offsets, bias, group, terms, row_group, precisions, precision = e.args(node)
+    parts = _all_present(e, scales), _all_present(e, exponents), _all_present(e, offsets)
+    codes = NestedCodes(_present(e, signs), *parts, group, terms, _inputs(x), row_group, tuple(precisions))
+    return _tiled(e, node, codes.at(precision), x, signs, bias)
+
+
+def _quant(e: Emitter, node: fx.Node) -> Result:
+    x, codes, scales, zeros, bias, bits, group = e.args(node)
+    parts = _present(e, codes), _present(e, scales), _stored(e, zeros)
+    return _tiled(e, node, QuantCodes(*parts, bits, group, _inputs(x)), x, codes, bias)
+
+
+def _tiled(
+    e: Emitter, node: fx.Node, codes: ShiftCodes | QuantCodes, x: fx.Node, stored: fx.Node, bias: fx.Node | None
+) -> Result:
+    """Return x W^T + bias by a kernel that reads W in tile order."""
+    if tensor_type_of(x).dtype != torch.float32:
+        raise Refused(f"the kernels take float32 activations, and these are {tensor_type_of(x).dtype}")
+    if (no := refuses(codes)) is not None:
+        raise Refused(no.reason)
+    layout = layout_of(codes)
+    e.domain(DOMAIN, VERSION)
+    name = f"{e.program.params.resolve(str(stored.target))}.tiles"
+    weight = e.initializer(name, (layout.weight_bytes,), torch.uint8, lambda: pack(codes).data)
+    inputs = [e.value(x), weight, None if bias is None else e.value(bias)]
+    return e.add("TiledLinear", *inputs, domain=DOMAIN, mode=MODES[DEFAULT_MODE], **layout.attributes())
+
+
+def _hadamard(e: Emitter, node: fx.Node) -> Result:
+    x, signs, order, transposed = e.args(node)
+    if tensor_type_of(x).dtype != torch.float32:
+        raise Refused(f"the kernels take float32 activations, and these are {tensor_type_of(x).dtype}")
+    e.domain(DOMAIN, VERSION)
+    diagonal = unpack_bits(_present(e, signs), 1, _inputs(x)).float() * 2 - 1
+    factors = [(f if transposed else f.T).float().contiguous() for f in hadamard_factors(order)]
+    constants = [e.constant(t) for t in (diagonal, *factors)]
+    return e.add("Hadamard", e.value(x), *constants, domain=DOMAIN, transposed=int(transposed))
+
+
+def _inputs(x: fx.Node) -> int:
+    return int(tensor_type_of(x).dims[-1])
+
+
+def _stored(e: Emitter, arg: Any) -> Tensor | None:
+    return None if arg is None else _present(e, arg)
+
+
+def _all_present(e: Emitter, parts: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(_present(e, part) for part in parts)
+
+
+def _present(e: Emitter, arg: Any) -> Tensor:
+    found = e.tensor(arg)
+    if found is None:
+        raise Refused("its codes are computed, and kernels take constants")
+    return found
+
+
+TABLE: dict[Any, Entry] = {
+    nomul.shiftadd_linear.default: _shiftadd,
+    nomul.nested_linear.default: _nested,
+    nomul.quant_linear.default: _quant,
+    nomul.hadamard.default: _hadamard,
+}
