@@ -232,7 +232,7 @@ def _finish(
 ) -> Report:
     """Write the artifact beside its place, then move it there."""
     from backends import load_backend
-    from ir.artifact import write_program
+    from ir.artifact import read_program, write_program
     from tools.console import progress
     from tools.report import Report, write_report
     from tools.sidefiles import copy_side_files
@@ -245,7 +245,8 @@ def _finish(
         with clock.phase("write"), progress("write", len(model.program.params)) as step:
             hashes = write_program(model.program, partial, step=lambda: step(""))
         with clock.phase("lower"):
-            load_backend(options.target).lower(model.program, partial)
+            # What was written is read back through a memory map: the codes that are stored are the codes that run.
+            load_backend(options.target).lower(read_program(partial), partial)
         with clock.phase("write"):
             notes = tuple(copy_side_files(model, partial))
         for line in notes:
