@@ -317,3 +317,13 @@ def test_a_call_without_a_form_is_refused_with_its_reason(
     with pytest.raises(UnsupportedError, match=reason) as caught:
         emit_program(function_program(function, kinds))
     assert "aten." in str(caught.value) and "--target reference" in str(caught.value)
+
+
+def test_all_calls_without_a_form_are_named_but_not_what_reads_them() -> None:
+    def function(x: Any) -> Any:
+        first, second = aten.softplus.default(x, 2), aten.softplus.default(x, 3)
+        return aten.add.Tensor(aten.neg.default(first), second)
+
+    with pytest.raises(UnsupportedError) as caught:
+        emit_program(function_program(function, {"x": X}))
+    assert "beta 2" in str(caught.value) and "beta 3" in str(caught.value) and "neg" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,35 @@ def emit_program(program: Program, opset: int = DEFAULT_OPSET, fuse: bool = True
         )
     emitter = Emitter(program, whole_table(), opset, fuse)
     fused = plan(program, opset, own_groups()) if fuse else ()
-    owner = {node: group for group in fused for node in group.binds}
-    roots = {group.root: group for group in fused}
-    refused: list[tuple[fx.Node, str]] = []
-    needed = _needed(program, owner)
-    for node in program.graph.nodes:
-        group = roots.get(node)
-        try:
-            if group is not None and any(n in needed for n in group.binds):
-                emitter.on_behalf(node, group.emit)
-            elif node.op == "call_function" and node in needed and node not in owner:
-                emitter.emit(node)
-        except Refused as no:
-            refused.append((node, str(no)))
-            break  # what reads it has nothing to read
+    refused = _emit_nodes(emitter, program, fused)
     if refused:
         raise refusal(program, refused)
     return emitter.model()
+
+
+def _emit_nodes(emitter: Emitter, program: Program, fused: tuple[Fused, ...]) -> list[tuple[fx.Node, str]]:
+    """Emit what the outputs need, in order; return the calls that could not be, less those that read one of them."""
+    owner = {node: group for group in fused for node in group.binds}
+    roots = {group.root: group for group in fused}
+    needed, lost = _needed(program, owner), set[fx.Node]()
+    refused: list[tuple[fx.Node, str]] = []
+    for node in program.graph.nodes:
+        group = roots.get(node)
+        if group is not None and any(n in needed for n in group.binds):
+            binds, reads, emit = group.binds, group.reads, partial(emitter.on_behalf, node, group.emit)
+        elif node.op == "call_function" and node in needed and node not in owner:
+            binds, reads, emit = (node,), tuple(node.all_input_nodes), partial(emitter.emit, node)
+        else:
+            continue
+        try:
+            if lost & set(reads):
+                lost |= set(binds)
+            else:
+                emit()
+        except Refused as no:
+            refused.append((node, str(no)))
+            lost |= set(binds)
+    return refused
 
 
 def refusal(program: Program, refused: list[tuple[fx.Node, str]]) -> UnsupportedError:
