@@ -1,25 +1,34 @@
 // Random signs and a Hadamard transform as a Kronecker product of small matrices of +-1.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "layout.h"
 
 namespace NOMUL_NAMESPACE {
 
-// Add matrix x to y along the middle axis of [before, size, after]; matrix: columns of the factor, [size, size].
+// Return sum_j factors[j * step] * x[j * stride ...], `count` values of it.
+NOMUL_INLINE Floats weighted_sum(const float* x, const float* factors, int64_t size, int64_t stride, int64_t step,
+                                 int count) {
+  Floats sum = zeros();
+  if (count >= kLanes)
+    for (int64_t j = 0; j < size; j++) sum = fma(all(factors[j * step]), load(x + j * stride), sum);
+  else
+    for (int64_t j = 0; j < size; j++) sum = fma(all(factors[j * step]), load_some(x + j * stride, count), sum);
+  return sum;
+}
+
+// Multiply the middle axis of x [before, size, after] by a factor given by columns, [size, size].
 static void turn_axis(const float* x, const float* columns, int64_t before, int64_t size, int64_t after, float* y) {
-  std::memset(y, 0, sizeof(float) * before * size * after);
   for (int64_t b = 0; b < before; b++, x += size * after, y += size * after)
-    for (int64_t j = 0; j < size; j++) {
-      const float* column = columns + j * size;
-      if (after == 1) {
-        const float value = x[j];
-        for (int64_t i = 0; i < size; i++) y[i] += column[i] * value;
-      } else {
-        for (int64_t i = 0; i < size; i++) {
-          const float factor = column[i];
-          for (int64_t k = 0; k < after; k++) y[i * after + k] += factor * x[j * after + k];
-        }
+    if (after == 1) {
+      for (int64_t i = 0; i < size; i += kLanes) {
+        const int count = (int)(size - i < kLanes ? size - i : kLanes);
+        store(y + i, weighted_sum(columns + i, x, size, size, 1, count), count);
+      }
+    } else {
+      for (int64_t k = 0; k < after; k += kLanes) {
+        const int count = (int)(after - k < kLanes ? after - k : kLanes);
+        for (int64_t i = 0; i < size; i++)
+          store(y + i * after + k, weighted_sum(x + k, columns + i, size, after, size, count), count);
       }
     }
 }

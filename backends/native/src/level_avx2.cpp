@@ -1,8 +1,8 @@
 // AVX2, FMA, F16C: eight float sums a register. Of the sixteen sums of a nibble eight are the others' negatives.
 #define NOMUL_NAMESPACE nomul_avx2
-#include "hadamard.h"
 #include "kernels.h"
 #include "lanes_avx2.h"
+#include "hadamard.h"
 #include "rows.h"
 
 namespace NOMUL_NAMESPACE {

@@ -2,9 +2,9 @@
 #define NOMUL_NAMESPACE nomul_avx512
 #include <cmath>
 
-#include "hadamard.h"
 #include "kernels.h"
 #include "lanes_avx512.h"
+#include "hadamard.h"
 #include "rows.h"
 
 namespace NOMUL_NAMESPACE {

@@ -1,8 +1,8 @@
 // Any CPU: float tables, looked up one by one.
 #define NOMUL_NAMESPACE nomul_portable
-#include "hadamard.h"
 #include "kernels.h"
 #include "lanes_portable.h"
+#include "hadamard.h"
 #include "rows.h"
 
 namespace NOMUL_NAMESPACE {
