@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from backends.onnxruntime.names import dim_name, input_name, output_name
 from backends.onnxruntime.session import SessionOptions, first_line, open_session
 from ir.errors import UnsupportedError, UsageError
 from ir.program import Program, tensor_type_of
-from ir.types import TensorType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +39,9 @@ class OnnxRuntime(Runtime):
         self._session = open_session(folder, self.options)
         self._inputs = tuple(input_name(program, i) for i in range(len(program.inputs)))
         self._kinds = tuple(tensor_type_of(n) for n in program.outputs)
+        self._alike = {k: [i for i, other in enumerate(self._kinds) if other == k] for k in dict.fromkeys(self._kinds)}
+        self._names = tuple(output_name(i) for i in range(len(self._kinds)))
+        self._places = _places(program)
         self._read = {i.name for i in self._session.get_inputs()}
         self._check_names()
 
@@ -52,22 +55,21 @@ class OnnxRuntime(Runtime):
 
         Raises UsageError when the runtime refuses the inputs.
         """
-        binding, held = self._session.io_binding(), []
-        sizes: dict[str, int] = {}
-        for name, node, tensor in zip(self._inputs, self.program.inputs, inputs, strict=True):
-            given = tensor.detach().contiguous()
-            held.append(given)
-            self._learn(sizes, tensor_type_of(node), given)
+        binding = self._session.io_binding()
+        held = [t if t.is_contiguous() else t.contiguous() for t in inputs]
+        for name, tensor in zip(self._inputs, held, strict=True):
             if name in self._read:
-                _bind(binding.bind_input, name, given)
-        outputs = self._outputs(sizes)
-        for index, room in enumerate(outputs):
+                _bind(binding.bind_input, name, tensor)
+        outputs = self._outputs({dim: held[index].shape[axis] for dim, (index, axis) in self._places.items()})
+        for name, room in zip(self._names, outputs, strict=True):
             if room is None:
-                binding.bind_output(output_name(index))
+                binding.bind_output(name)
             else:
-                _bind(binding.bind_output, output_name(index), room)
+                _bind(binding.bind_output, name, room)
         self._run(binding)
-        found = binding.get_outputs() if any(room is None for room in outputs) else ()
+        if all(room is not None for room in outputs):
+            return tuple(room for room in outputs if room is not None)
+        found = binding.get_outputs()
         return tuple(torch.from_numpy(found[i].numpy()) if r is None else r for i, r in enumerate(outputs))
 
     def _run(self, binding: Any) -> None:
@@ -82,28 +84,25 @@ class OnnxRuntime(Runtime):
                 fix="check the inputs, or run with --target reference",
             ) from error
 
-    def _learn(self, sizes: dict[str, int], kind: TensorType, given: Tensor) -> None:
-        """Note what the symbolic dims of an input are in this run; raises UsageError where two disagree."""
-        for dim, size in zip(kind.dims, given.shape, strict=True):
-            if isinstance(dim, str) and sizes.setdefault(dim_name(dim), size) != size:
-                raise UsageError(
-                    "the inputs do not fit each other", where=dim, why=f"it is {sizes[dim_name(dim)]} and {size}"
-                )
-
     def _outputs(self, sizes: dict[str, int]) -> list[Tensor | None]:
         """Return memory for every output, None where its size follows from no input.
 
-        The allocator hands the memory of the last step's cache out again; a pool of blocks of our own took as long.
+        Outputs of one type, such as all keys and values, lie in one piece, which is made in one call. The allocator
+        hands the memory of earlier steps out again; a pool of our own took as long.
         """
         known = {"total": sizes.get("past", 0) + sizes.get("seq", 0), **sizes}
-        shapes = [_dims(kind, known) for kind in self._kinds]
-        pairs = zip(self._kinds, shapes, strict=True)
-        return [None if dims is None else torch.empty(dims, dtype=kind.dtype) for kind, dims in pairs]
+        made: list[Tensor | None] = [None] * len(self._kinds)
+        for kind, places in self._alike.items():
+            dims = [d if isinstance(d, int) else known.get(dim_name(d), -1) for d in kind.dims]
+            if -1 not in dims:
+                rooms = torch.empty([len(places), *dims], dtype=kind.dtype).unbind()
+                for place, room in zip(places, rooms, strict=True):
+                    made[place] = room
+        return made
 
     def _check_names(self) -> None:
         found = [o.name for o in self._session.get_outputs()]
-        wanted = [output_name(i) for i in range(len(self._kinds))]
-        if found != wanted or not self._read <= set(self._inputs):
+        if found != list(self._names) or not self._read <= set(self._inputs):
             raise UnsupportedError(
                 "the model file is not of this program",
                 where=str(self.folder),
@@ -112,18 +111,23 @@ class OnnxRuntime(Runtime):
             )
 
 
-def _dims(kind: TensorType, known: dict[str, int]) -> list[int] | None:
-    """Return the dims of an output in this run, None where one of them is unknown."""
-    dims = [d if isinstance(d, int) else known.get(dim_name(d), -1) for d in kind.dims]
-    return None if -1 in dims else dims
+def _places(program: Program) -> dict[str, tuple[int, int]]:
+    """Return symbolic dim -> the first input that has it, and which of its dims it is."""
+    found: dict[str, tuple[int, int]] = {}
+    for index, node in enumerate(program.inputs):
+        for axis, dim in enumerate(tensor_type_of(node).dims):
+            if isinstance(dim, str):
+                found.setdefault(dim_name(dim), (index, axis))
+    return found
 
 
 def _bind(function: Any, name: str, tensor: Tensor) -> None:
     """Bind a tensor's memory; an empty tensor has none, so that any address will do."""
     address = tensor.data_ptr() or torch.empty(1).data_ptr()
-    function(name, "cpu", 0, _element(tensor.dtype), tuple(tensor.shape), address)
+    function(name, "cpu", 0, _element(tensor.dtype), tensor.shape, address)
 
 
+@cache
 def _element(dtype: torch.dtype) -> Any:
     import numpy
 
