@@ -124,7 +124,7 @@ def _places(program: Program) -> dict[str, tuple[int, int]]:
 def _bind(function: Any, name: str, tensor: Tensor) -> None:
     """Bind a tensor's memory; an empty tensor has none, so that any address will do."""
     address = tensor.data_ptr() or torch.empty(1).data_ptr()
-    function(name, "cpu", 0, _element(tensor.dtype), tensor.shape, address)
+    function(name, "cpu", 0, _element(tensor.dtype), tuple(tensor.shape), address)
 
 
 @cache
