@@ -97,7 +97,7 @@ struct Free {
 };
 
 // Rows of a piece of work: enough that a thread's start does not count.
-constexpr int64_t kPiece = 256, kTokensAtOnce = 16;
+constexpr int64_t kPiece = 256;
 
 }  // namespace
 
@@ -130,6 +130,24 @@ int nomul_rows(const nomul_layout* l, int32_t mode, const uint8_t* weight, const
   return NOMUL_OK;
 }
 
+int nomul_many_rows(const nomul_layout* l, const uint8_t* weight, const float* bias, const float* x, int64_t tokens,
+                    int64_t first_row, int64_t last_row, float* y) {
+  if (const int code = check(l, NOMUL_EXACT, tokens)) return code;
+  if (first_row % 32 || first_row < 0 || last_row > l->rows || first_row > last_row)
+    return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be computed by themselves", first_row, last_row);
+  static thread_local std::unique_ptr<void, Free> spare;
+  static thread_local int64_t size = 0;
+  const int64_t bytes = l->inputs * 32 * (int64_t)sizeof(float);
+  if (size < bytes) {
+    spare.reset(std::aligned_alloc(64, bytes));
+    size = spare ? bytes : 0;
+    if (!spare) return refuse(NOMUL_BAD_ARGUMENT, "%lld bytes of scratch cannot be had", bytes);
+  }
+  if (first_row < last_row)
+    chosen().load()->many_rows(*l, weight, bias, x, tokens, first_row, last_row, y, (float*)spare.get());
+  return NOMUL_OK;
+}
+
 int nomul_linear(const nomul_layout* l, int32_t mode, const uint8_t* weight, int64_t weight_bytes, const float* bias,
                  const float* x, int64_t tokens, float* y, int32_t threads) {
   if (const int code = check(l, mode, tokens)) return code;
@@ -140,26 +158,26 @@ int nomul_linear(const nomul_layout* l, int32_t mode, const uint8_t* weight, int
                   nomul_weight_bytes(l));
   if (threads < 1) return refuse(NOMUL_BAD_ARGUMENT, "there cannot be %lld threads", threads);
   const nomul_kernels* k = chosen().load();
-  const int64_t at_once = std::min(tokens, kTokensAtOnce), bytes = k->scratch_bytes(*l, at_once, mode);
+  const bool many = tokens >= NOMUL_MANY;
+  const int64_t bytes = many ? 0 : k->scratch_bytes(*l, tokens, mode);
   std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, std::max<int64_t>(64, (bytes + 63) / 64 * 64)));
   if (!scratch) return refuse(NOMUL_BAD_ARGUMENT, "%lld bytes of scratch cannot be had", bytes);
+  if (!many) k->prepare(*l, mode, x, tokens, scratch.get());
   const int64_t pieces = (l->rows + kPiece - 1) / kPiece;
-  const int count = (int)std::min<int64_t>(threads, pieces);
-  for (int64_t t = 0; t < tokens; t += at_once) {
-    const int64_t now = std::min(at_once, tokens - t);
-    k->prepare(*l, mode, x + t * l->inputs, now, scratch.get());
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-      for (int64_t i; (i = next++) < pieces;)
-        k->rows(*l, mode, weight, bias, scratch.get(), now, i * kPiece, std::min(l->rows, (i + 1) * kPiece),
-                y + t * l->rows);
-    };
-    std::vector<std::thread> others;
-    for (int i = 1; i < count; i++) others.emplace_back(work);
-    work();
-    for (std::thread& other : others) other.join();
-  }
-  return NOMUL_OK;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> failed{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next++) < pieces;) {
+      const int64_t first = i * kPiece, last = std::min(l->rows, first + kPiece);
+      if (!many) k->rows(*l, mode, weight, bias, scratch.get(), tokens, first, last, y);
+      else if (const int code = nomul_many_rows(l, weight, bias, x, tokens, first, last, y)) failed = code;
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < (int)std::min<int64_t>(threads, pieces); i++) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+  return failed ? refuse(failed, "a thread has no memory for a decoded tile") : NOMUL_OK;
 }
 
 int nomul_decode(const nomul_layout* l, const uint8_t* weight, int64_t first_row, int64_t last_row, float* out) {

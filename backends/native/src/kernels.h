@@ -9,6 +9,8 @@ struct nomul_kernels {
   void (*prepare)(const nomul_layout&, int32_t mode, const float* x, int64_t tokens, void* scratch);
   void (*rows)(const nomul_layout&, int32_t mode, const uint8_t* weight, const float* bias, const void* scratch,
                int64_t tokens, int64_t first_row, int64_t last_row, float* y);
+  void (*many_rows)(const nomul_layout&, const uint8_t* weight, const float* bias, const float* x, int64_t tokens,
+                    int64_t first_row, int64_t last_row, float* y, float* spare);
   void (*hadamard)(const float* x, const float* signs, int signs_last, int64_t width, int64_t factors,
                    const int64_t* sizes, const float* const* columns, float* y, float* spare);
   void (*decode)(const nomul_layout&, const uint8_t* weight, int64_t first_row, int64_t last_row, float* out);

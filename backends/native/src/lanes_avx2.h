@@ -70,4 +70,23 @@ static inline Floats scaled(Floats x, const int8_t* exponents) {
   return x * powers(half) * powers({_mm256_sub_epi32(e.a, half.a), _mm256_sub_epi32(e.b, half.b)});
 }
 
+// Signs of 16 rows at 32 inputs.
+struct Words {
+  __m256i a, b;
+};
+static inline Words words(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+static inline __m256 kept(__m256i bits, __m128i up, __m256 step) {
+  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_srai_epi32(_mm256_sll_epi32(bits, up), 31)), step);
+}
+// x plus `step` in the rows that have a bit at input i.
+static inline Floats plus_where(Floats x, Words bits, int i, Floats step) {
+  const __m128i up = _mm_cvtsi32_si128(31 - i);
+  return {_mm256_add_ps(x.a, kept(bits.a, up, step.a)), _mm256_add_ps(x.b, kept(bits.b, up, step.b))};
+}
+
+// Tokens that are multiplied at once: their sums fill the registers.
+constexpr int kTokens = 3;
+
 }  // namespace NOMUL_NAMESPACE

@@ -28,7 +28,7 @@ static inline void store(float* p, Floats a, int count) {
   else _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), a.v);
 }
 static inline Floats load_some(const float* p, int count) {
-  return {_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p)};
+  return count >= 16 ? load(p) : Floats{_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p)};
 }
 
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
@@ -44,5 +44,18 @@ static inline Floats pick(const float* table16, Ints index) {
 static inline Floats scaled(Floats x, const int8_t* exponents) {
   return {_mm512_scalef_ps(x.v, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)exponents))))};
 }
+
+// Signs of 16 rows at 32 inputs.
+struct Words {
+  __m512i v;
+};
+static inline Words words(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+// x plus `step` in the rows that have a bit at input i.
+static inline Floats plus_where(Floats x, Words bits, int i, Floats step) {
+  return {_mm512_mask_add_ps(x.v, _mm512_test_epi32_mask(bits.v, _mm512_set1_epi32((int)(1u << i))), x.v, step.v)};
+}
+
+// Tokens that are multiplied at once: their sums fill the registers.
+constexpr int kTokens = 12;
 
 }  // namespace NOMUL_NAMESPACE

@@ -83,4 +83,22 @@ static inline Floats scaled(Floats x, const int8_t* exponents) {
   return x;
 }
 
+// Signs of 16 rows at 32 inputs.
+struct Words {
+  uint32_t v[16];
+};
+static inline Words words(const uint8_t* p) {
+  Words r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+// x plus `step` in the rows that have a bit at input i.
+static inline Floats plus_where(Floats x, Words bits, int i, Floats step) {
+  for (int r = 0; r < 16; r++) x.v[r] += bits.v[r] >> i & 1 ? step.v[r] : 0.0f;
+  return x;
+}
+
+// Tokens that are multiplied at once.
+constexpr int kTokens = 2;
+
 }  // namespace NOMUL_NAMESPACE

@@ -2,6 +2,7 @@
 #define NOMUL_NAMESPACE nomul_avx2
 #include "kernels.h"
 #include "lanes_avx2.h"
+#include "gemm.h"
 #include "hadamard.h"
 #include "rows.h"
 
@@ -53,6 +54,6 @@ struct FloatSums {
 
 const nomul_kernels* nomul_avx2_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"avx2", scratch_bytes, prepare, rows, hadamard, decode};
+  static const nomul_kernels k = {"avx2", scratch_bytes, prepare, rows, many_rows, hadamard, decode};
   return &k;
 }

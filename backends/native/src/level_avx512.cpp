@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "lanes_avx512.h"
+#include "gemm.h"
 #include "hadamard.h"
 #include "rows.h"
 
@@ -185,6 +186,6 @@ static void decode(const nomul_layout& l, const uint8_t* weight, int64_t first_r
 
 const nomul_kernels* nomul_avx512_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"avx512", scratch_bytes, prepare, rows, hadamard, decode};
+  static const nomul_kernels k = {"avx512", scratch_bytes, prepare, rows, many_rows, hadamard, decode};
   return &k;
 }

@@ -2,6 +2,7 @@
 #define NOMUL_NAMESPACE nomul_portable
 #include "kernels.h"
 #include "lanes_portable.h"
+#include "gemm.h"
 #include "hadamard.h"
 #include "rows.h"
 
@@ -37,6 +38,6 @@ struct FloatSums {
 
 const nomul_kernels* nomul_portable_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"portable", scratch_bytes, prepare, rows, hadamard, decode};
+  static const nomul_kernels k = {"portable", scratch_bytes, prepare, rows, many_rows, hadamard, decode};
   return &k;
 }

@@ -1,5 +1,6 @@
 // ONNX Runtime's side: the operators of the domain `nomul`, on the runtime's threads.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -127,21 +128,25 @@ OrtStatus* create_linear(const CustomOp*, Table api, const OrtKernelInfo* info, 
 }
 
 // Rows of a piece of work, and the weights below which starting threads takes longer than they save.
-constexpr int64_t kPiece = 128, kSmall = 1 << 18, kTokensAtOnce = 16;
+constexpr int64_t kPiece = 128, kSmall = 1 << 18;
 
 struct Pieces {
   const TiledLinear* kernel;
-  const float *bias, *scratch;
+  const float *bias, *x;
+  const void* scratch;
   int64_t tokens;
   float* y;
+  std::atomic<int> failed;
 };
 
 void one_piece(void* user, size_t index) {
-  const Pieces& p = *(const Pieces*)user;
+  Pieces& p = *(Pieces*)user;
   const nomul_layout& l = p.kernel->layout;
-  const int64_t first = (int64_t)index * kPiece;
-  nomul_rows(&l, (int32_t)p.kernel->mode, p.kernel->weight, p.bias, p.scratch, p.tokens, first,
-             std::min(l.rows, first + kPiece), p.y);
+  const uint8_t* weight = p.kernel->weight;
+  const int64_t first = (int64_t)index * kPiece, last = std::min(l.rows, first + kPiece);
+  const int code = p.scratch ? nomul_rows(&l, (int32_t)p.kernel->mode, weight, p.bias, p.scratch, p.tokens, first, last, p.y)
+                             : nomul_many_rows(&l, weight, p.bias, p.x, p.tokens, first, last, p.y);
+  if (code) p.failed = code;
 }
 
 OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
@@ -163,21 +168,22 @@ OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
   dims.back() = l.rows;
   float* y = nullptr;
   if (OrtStatus* s = output(k.api, context, 0, dims, &y)) return s;
-  for (int64_t t = 0; t < tokens; t += kTokensAtOnce) {
-    const int64_t now = std::min(kTokensAtOnce, tokens - t);
-    void* scratch = scratch_of(nomul_scratch_bytes(&l, now, (int32_t)k.mode));
+  if (tokens == 0) return nullptr;
+  Pieces pieces = {&k, (const float*)bias.data, (const float*)x.data, nullptr, tokens, y, {0}};
+  if (tokens < NOMUL_MANY) {
+    void* scratch = scratch_of(nomul_scratch_bytes(&l, tokens, (int32_t)k.mode));
     if (!scratch) return failure(k.api, "nomul::TiledLinear: there is no memory for the tables", ort::kFail);
-    if (nomul_prepare(&l, (int32_t)k.mode, (const float*)x.data + t * l.inputs, now, scratch))
-      return failure(k.api, nomul_error());
-    Pieces pieces = {&k, (const float*)bias.data, (const float*)scratch, now, y + t * l.rows};
-    const size_t count = (size_t)((l.rows + kPiece - 1) / kPiece);
-    if (count == 1 || l.rows * l.inputs * now < kSmall) {
-      for (size_t i = 0; i < count; i++) one_piece(&pieces, i);
-    } else if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_ParallelFor, (const OrtKernelContext*)context,
-                                               &one_piece, count, (size_t)0, (void*)&pieces)) {
-      return s;
-    }
+    if (nomul_prepare(&l, (int32_t)k.mode, (const float*)x.data, tokens, scratch)) return failure(k.api, nomul_error());
+    pieces.scratch = scratch;
   }
+  const size_t count = (size_t)((l.rows + kPiece - 1) / kPiece);
+  if (count == 1 || l.rows * l.inputs * tokens < kSmall) {
+    for (size_t i = 0; i < count; i++) one_piece(&pieces, i);
+  } else if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_ParallelFor, (const OrtKernelContext*)context,
+                                             &one_piece, count, (size_t)0, (void*)&pieces)) {
+    return s;
+  }
+  if (pieces.failed) return failure(k.api, "nomul::TiledLinear: a thread has no memory for a decoded tile", ort::kFail);
   return nullptr;
 }
 
