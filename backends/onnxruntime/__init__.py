@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import fx
 
 from backends.base import Backend
+from backends.native.library import DEFAULT_MODE
 from backends.onnxruntime.lowering import DEFAULT_OPSET, emit_program, missing, write_model
 from backends.onnxruntime.runtime import OnnxRuntime
 from backends.onnxruntime.session import SessionOptions
@@ -24,13 +25,14 @@ class OnnxRuntimeBackend(Backend):
     """Runs programs whose every operator has an ONNX form.
 
     opset: version of the standard operators, 21 to 23; fuse: use fused operators for attention, norms and activations,
-    or write everything out.
+    or write everything out; mode: how kernels take activations: `14bit`, `8bit` or `exact` (float).
     """
 
     name: ClassVar[str] = "onnxruntime"
     level: ClassVar[Level] = target_level(op_names())
     opset: int = DEFAULT_OPSET
     fuse: bool = True
+    mode: str = DEFAULT_MODE
 
     def refuses(self, node: fx.Node) -> No | None:
         """Return why a call cannot be run: the emitter has no entry for it."""
@@ -40,7 +42,7 @@ class OnnxRuntimeBackend(Backend):
     def lower(self, program: Program, folder: Path) -> None:
         """Write `model.onnx` and `model.onnx.data`; raises UnsupportedError before anything is written."""
         self.require(program)
-        write_model(emit_program(program, self.opset, self.fuse), folder)
+        write_model(emit_program(program, self.opset, self.fuse, self.mode), folder)
 
     def load(self, folder: Path, options: SessionOptions | None = None) -> OnnxRuntime:
         """Return the runtime of an artifact folder; raises UnsupportedError when it holds nothing for this backend.

@@ -24,7 +24,8 @@ or a `torch.Tensor` for a result that turned out to be constant. What the emitte
                               left out.
     e.domain(name, version)   declares a domain that `add` uses (`""` and `com.microsoft` are there)
     e.function(f)             adds a model-local function (`onnx_ir.Function`); its domain must be declared
-    e.opset, e.fuse           the version of the standard operators; whether fused ones may be used
+    e.opset, e.fuse, e.mode   the version of the standard operators; whether fused ones may be used; how the kernels
+                              of compressed linears take activations (`backends.native.library.MODES`)
 
 `raise Refused(reason)` says that this call cannot be emitted. Entries only build objects in memory: nothing is written
 before every node of the program has been emitted.
@@ -38,6 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from backends.native.library import DEFAULT_MODE
 from backends.onnxruntime.dtypes import onnx_dtype
 from backends.onnxruntime.names import dim_name, input_name, output_name, same_dim
 from backends.onnxruntime.packages import package
@@ -63,8 +65,10 @@ class Refused(Exception):
 class Emitter:
     """Builds the ONNX graph of one program; see the module's text for what entries may use."""
 
-    def __init__(self, program: Program, table: Table, opset: int = 23, fuse: bool = True) -> None:
-        self.program, self.opset, self.fuse = program, opset, fuse
+    def __init__(
+        self, program: Program, table: Table, opset: int = 23, fuse: bool = True, mode: str = DEFAULT_MODE
+    ) -> None:
+        self.program, self.opset, self.fuse, self.mode = program, opset, fuse, mode
         self._table, self._ir = table, package("onnx_ir")
         self._values: dict[fx.Node, Result] = {}
         self._made: dict[Any, tuple[Any, ...]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from backends.native.library import DEFAULT_MODE
 from backends.onnxruntime.emitter import Emitter, Refused
 from backends.onnxruntime.fusion import plan
 from backends.onnxruntime.groups import Fused
@@ -26,16 +27,17 @@ _INLINE_BYTES = 256
 _SHOWN = 5
 
 
-def emit_program(program: Program, opset: int = DEFAULT_OPSET, fuse: bool = True) -> Any:
+def emit_program(program: Program, opset: int = DEFAULT_OPSET, fuse: bool = True, mode: str = DEFAULT_MODE) -> Any:
     """Return the `onnx_ir.Model` of a program, weights unread.
 
-    Raises UnsupportedError that names every call without an ONNX form, with the reason.
+    mode: how kernels take activations, one of `backends.native.library.MODES`. Raises UnsupportedError that names every
+    call without an ONNX form, with the reason.
     """
     if opset not in OPSETS:
         raise UnsupportedError(
             f"opset {opset} cannot be written", where=program.name, fix=f"use one of {', '.join(map(str, OPSETS))}"
         )
-    emitter = Emitter(program, whole_table(), opset, fuse)
+    emitter = Emitter(program, whole_table(), opset, fuse, mode)
     fused = plan(program, opset, own_groups()) if fuse else ()
     refused = _emit_nodes(emitter, program, fused)
     if refused:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from backends.native.build import built_library
 from backends.native.layout import layout_of, pack, refuses
-from backends.native.library import DEFAULT_MODE, MODES
+from backends.native.library import MODES
 from backends.onnxruntime.emitter import Emitter, Entry, Refused, Result
 from ir.ops.hadamard import hadamard_factors
 from ir.ops.nested import NestedCodes
@@ -62,7 +62,7 @@ def _tiled(
     name = f"{e.program.params.resolve(str(stored.target))}.tiles"
     weight = e.initializer(name, (layout.weight_bytes,), torch.uint8, lambda: pack(codes).data)
     inputs = [e.value(x), weight, None if bias is None else e.value(bias)]
-    return e.add("TiledLinear", *inputs, domain=DOMAIN, mode=MODES[DEFAULT_MODE], **layout.attributes())
+    return e.add("TiledLinear", *inputs, domain=DOMAIN, mode=MODES[e.mode], **layout.attributes())
 
 
 def _hadamard(e: Emitter, node: fx.Node) -> Result:

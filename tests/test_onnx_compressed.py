@@ -1,0 +1,69 @@
+"""Compressed models in ONNX Runtime: logits and cache of the reference backend on the same codes."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from backends.onnxruntime import OnnxRuntime, SessionOptions
+from backends.onnxruntime.lowering import emit_program, node_counts, write_model
+from backends.onnxruntime.tables import library_for
+from backends.reference.runtime import ReferenceRuntime
+from ir.errors import UnsupportedError
+from ir.program import Program
+from passes.base import Context, Log
+from passes.manager import Settings, run_pipeline
+from passes.pipeline import parse
+from tests.architectures import ids_for, relative_error, traced
+from tests.tiny_model import compressed_tiny
+
+QUICK = "rounds=2 starts=1 iterations=1 polish=0 sweeps=0"
+PIPELINES = {
+    "rtn3": "rtn{bits=3 group=32}",
+    "rtn8": "rtn{bits=8 group=64}",
+    "shiftadd": "shiftadd{bits=3 group=32 " + QUICK + "}",
+    "rows": "shiftadd{bits=2 group=0 terms=3 offset=false " + QUICK + "}",
+    "trits": "shiftadd{bits=2 code=trits group=32 " + QUICK + "}",
+    "nested": "shiftadd{nested=[2 3] group=32 " + QUICK + "}",
+}
+# A linear keeps within 1e-6 and 5e-4; these small random models enlarge that on the way to the logits.
+LIMITS = {"exact": 1e-5, "14bit": 5e-3}
+
+
+@cache
+def compressed(name: str, pipeline: str) -> Program:
+    """Return a tiny model after a pipeline."""
+    program, _ = traced(name)
+    context = Context(0, Log(), (ids_for(4, 24), ids_for(4, 24, seed=2)), None, False, "float32")
+    run_pipeline(program, parse(PIPELINES[pipeline]), context, Settings("off", False, "none", None))
+    return program
+
+
+def opened(program: Program, folder: Path, mode: str) -> OnnxRuntime:
+    """Return the program in ONNX Runtime, on one thread."""
+    write_model(emit_program(program, mode=mode), folder)
+    return OnnxRuntime(program, folder, options=SessionOptions(threads=1, library=library_for(program)))
+
+
+@pytest.mark.parametrize("mode", LIMITS)
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3"])
+def test_logits_and_cache_are_those_of_the_same_codes(name: str, pipeline: str, mode: str, tmp_path: Path) -> None:
+    program = compressed(name, pipeline)
+    reference, runtime = ReferenceRuntime(program), opened(program, tmp_path, mode)
+    assert node_counts(emit_program(program))["nomul::TiledLinear"] >= 8
+    for batch, seq in ((1, 1), (1, 7), (3, 17)):
+        ids, more = ids_for(batch, seq), ids_for(batch, 1, seed=3)
+        theirs = reference.forward(ids)
+        ours = runtime.forward(ids)
+        assert relative_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= LIMITS[mode]
+        ours, theirs = runtime.forward(more, None, theirs[1]), reference.forward(more, None, theirs[1])
+        assert relative_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= LIMITS[mode]
+
+
+def test_groups_without_a_kernel_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="groups of 16 inputs are smaller than the 32"):
+        opened(compressed_tiny(), tmp_path, "14bit")
+    assert not list(tmp_path.iterdir())
