@@ -11,7 +11,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ir.errors import UnsupportedError
 
@@ -48,10 +48,18 @@ def built_library() -> Path:
     target = _cache_folder() / f"libnomul-{_fingerprint(compiler)}.so"
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock"), timeout=_WAIT):
-        if not target.exists():
-            build(target, compiler)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock"), timeout=_WAIT):
+            if not target.exists():
+                build(target, compiler)
+    except (OSError, Timeout) as error:
+        raise UnsupportedError(
+            "the kernel library cannot be kept",
+            where=str(target.parent),
+            why=str(error),
+            fix="set XDG_CACHE_HOME to a directory that can be written, or wait for the process that builds it",
+        ) from error
     return target
 
 
