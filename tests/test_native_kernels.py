@@ -14,11 +14,20 @@ from ir.errors import UnsupportedError, UsageError
 from tests.coded_weights import exact_product, quant_codes, relative_error, shift_codes
 
 # Bounds of relative error against float64: what each mode promises.
-BOUNDS = {"exact": 1e-6, "14bit": 5e-4, "8bit": 2e-2}
+BOUNDS = {"exact": 1e-6, "14bit": 1e-4, "8bit": 2e-2}
 LEVELS = load().levels
 # Rows, inputs and group: tiny, ragged, whole, wide, with groups that fill no whole chunk and groups of a whole row.
 SHAPES = [(1, 1, 64), (17, 33, 32), (33, 100, 40), (48, 64, 4096), (31, 576, 64), (129, 257, 96)]
 some_codes = lru_cache(maxsize=None)(shift_codes)
+
+
+@pytest.fixture(params=[level for level in LEVELS if level != "amx"])
+def decoder(request: pytest.FixtureRequest) -> Iterator[Library]:
+    """The library at one level of those that decode in ways of their own; the fastest again afterwards."""
+    found = load()
+    found.use(request.param)
+    yield found
+    found.use(LEVELS[-1])
 
 
 @pytest.fixture(params=LEVELS)
@@ -40,26 +49,26 @@ def activations(tokens: int, inputs: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("terms", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("planes", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_a_packed_weight_decodes_to_the_stored_one(planes: int, terms: int, offset: bool, library: Library) -> None:
+def test_a_packed_weight_decodes_to_the_stored_one(planes: int, terms: int, offset: bool, decoder: Library) -> None:
     for index in (planes % 3, 3 + (planes + terms) % 3):
         codes = some_codes(*SHAPES[index][:2], planes, SHAPES[index][2], terms, offset, seed=index, spread=3)
         packed = pack(codes)
-        assert packed.data.numel() == library.weight_bytes(packed.layout)
-        assert torch.equal(library.decode(packed), codes.dequantize())
+        assert packed.data.numel() == decoder.weight_bytes(packed.layout)
+        assert torch.equal(decoder.decode(packed), codes.dequantize())
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])
-def test_extreme_exponents_decode_exactly(terms: int, library: Library) -> None:
+def test_extreme_exponents_decode_exactly(terms: int, decoder: Library) -> None:
     codes = some_codes(64, 96, 3, 32, terms, True, seed=terms, spread=40)
-    assert torch.equal(library.decode(pack(codes)), codes.dequantize())
+    assert torch.equal(decoder.decode(pack(codes)), codes.dequantize())
 
 
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
-def test_uniform_codes_decode_as_stored(bits: int, zeros: bool, library: Library) -> None:
+def test_uniform_codes_decode_as_stored(bits: int, zeros: bool, decoder: Library) -> None:
     for rows, inputs, group in SHAPES:
         codes = quant_codes(rows, inputs, bits, group, zeros, seed=bits)
-        found, wanted = library.decode(pack(codes)), codes.dequantize()
+        found, wanted = decoder.decode(pack(codes)), codes.dequantize()
         assert torch.allclose(found, wanted, rtol=3e-7, atol=3e-7 * float(wanted.abs().max()))
 
 
@@ -74,11 +83,10 @@ def test_products_are_within_the_bound_of_their_mode(
     codes = some_codes(rows, inputs, planes, group, terms, offset, seed=planes, spread=2)
     packed, weight = pack(codes), codes.dequantize(torch.float64)
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(1)) if offset else None
-    for tokens in (1, 2, 3, 4, 5, 12, 13, 40):
+    for tokens in (1, 2, 3, 4, 5, 12, 24, 70):
         x = activations(tokens, inputs, seed=tokens)
         got = library.linear(x, packed, bias, mode, threads=1)
-        bound = BOUNDS[mode if tokens < 13 else "exact"]
-        assert relative_error(got, exact_product(x, weight, bias)) <= bound, tokens
+        assert relative_error(got, exact_product(x, weight, bias)) <= BOUNDS[mode], tokens
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -103,7 +111,7 @@ def test_threads_and_row_pieces_change_nothing(tokens: int, library: Library) ->
 def test_a_token_alone_gives_what_it_gives_among_others(tokens: int, library: Library) -> None:
     codes = shift_codes(80, 320, 3, 64, 2, True, seed=2, spread=2)
     packed, x = pack(codes), activations(tokens, 320)
-    mode = "14bit" if tokens < 13 else "exact"
+    mode = "14bit" if tokens < 20 else "exact"
     whole = library.linear(x, packed, None, mode, threads=1)
     for t in range(tokens):
         alone = library.linear(x[t : t + 1], packed, None, mode, threads=1)[0]

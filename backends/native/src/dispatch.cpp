@@ -10,6 +10,12 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #define NOMUL_NAMESPACE nomul_plain
 #include "kernels.h"
 #include "layout.h"
@@ -33,6 +39,19 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 }
 
+#if defined(__x86_64__) && defined(__linux__)
+// Tiles of bfloat16: the CPU must have them, the system must save them, and this process must ask for them once.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16")) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr int kAskForTiles = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAskForTiles, kTileData) == 0;
+}
+#else
+bool has_amx() { return false; }
+#endif
+
 // From the slowest to the fastest that this CPU runs.
 const std::vector<const nomul_kernels*>& runnable() {
   static const std::vector<const nomul_kernels*> found = [] {
@@ -40,6 +59,7 @@ const std::vector<const nomul_kernels*>& runnable() {
 #if defined(__x86_64__)
     if (has_avx2()) list.push_back(nomul_avx2_kernels());
     if (has_avx512()) list.push_back(nomul_avx512_kernels());
+    if (has_amx()) list.push_back(nomul_amx_kernels());
 #endif
     return list;
   }();
@@ -92,8 +112,22 @@ int check(const nomul_layout* l, int32_t mode, int64_t tokens) {
   return NOMUL_OK;
 }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
+// Memory at a multiple of 64 bytes that grows when more is asked for; what it held is then lost.
+struct Memory {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> bytes;
+  int64_t size = 0;
+
+  bool at_least(int64_t wanted) {
+    wanted = std::max<int64_t>(64, (wanted + 63) / 64 * 64);
+    if (size < wanted) {
+      bytes.reset(std::aligned_alloc(64, (size_t)wanted));
+      size = bytes ? wanted : 0;
+    }
+    return size >= wanted;
+  }
 };
 
 // Rows of a piece of work: enough that a thread's start does not count.
@@ -121,30 +155,17 @@ int nomul_prepare(const nomul_layout* l, int32_t mode, const float* x, int64_t t
   return NOMUL_OK;
 }
 
-int nomul_rows(const nomul_layout* l, int32_t mode, const uint8_t* weight, const float* bias, const void* scratch,
-               int64_t tokens, int64_t first_row, int64_t last_row, float* y) {
+int nomul_rows(const nomul_layout* l, int32_t mode, const uint8_t* weight, const float* bias, const float* x,
+               const void* scratch, int64_t tokens, int64_t first_row, int64_t last_row, float* y) {
   if (const int code = check(l, mode, tokens)) return code;
   if (first_row % 32 || first_row < 0 || last_row > l->rows || first_row > last_row)
     return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be computed by themselves", first_row, last_row);
-  if (first_row < last_row) chosen().load()->rows(*l, mode, weight, bias, scratch, tokens, first_row, last_row, y);
-  return NOMUL_OK;
-}
-
-int nomul_many_rows(const nomul_layout* l, const uint8_t* weight, const float* bias, const float* x, int64_t tokens,
-                    int64_t first_row, int64_t last_row, float* y) {
-  if (const int code = check(l, NOMUL_EXACT, tokens)) return code;
-  if (first_row % 32 || first_row < 0 || last_row > l->rows || first_row > last_row)
-    return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be computed by themselves", first_row, last_row);
-  static thread_local std::unique_ptr<void, Free> spare;
-  static thread_local int64_t size = 0;
-  const int64_t bytes = l->inputs * 32 * (int64_t)sizeof(float);
-  if (size < bytes) {
-    spare.reset(std::aligned_alloc(64, bytes));
-    size = spare ? bytes : 0;
-    if (!spare) return refuse(NOMUL_BAD_ARGUMENT, "%lld bytes of scratch cannot be had", bytes);
-  }
-  if (first_row < last_row)
-    chosen().load()->many_rows(*l, weight, bias, x, tokens, first_row, last_row, y, (float*)spare.get());
+  if (first_row == last_row || tokens == 0) return NOMUL_OK;
+  const nomul_kernels* k = chosen().load();
+  const int64_t bytes = k->spare_bytes(*l, tokens, mode);
+  static thread_local Memory spare;
+  if (!spare.at_least(bytes)) return refuse(NOMUL_NO_MEMORY, "a thread cannot have %lld bytes for itself", bytes);
+  k->rows({*l, mode, weight, bias, x, scratch, tokens, first_row, last_row, y}, spare.bytes.get());
   return NOMUL_OK;
 }
 
@@ -157,27 +178,24 @@ int nomul_linear(const nomul_layout* l, int32_t mode, const uint8_t* weight, int
     return refuse(NOMUL_BAD_ARGUMENT, "the weight has %lld bytes, its layout needs %lld", weight_bytes,
                   nomul_weight_bytes(l));
   if (threads < 1) return refuse(NOMUL_BAD_ARGUMENT, "there cannot be %lld threads", threads);
-  const nomul_kernels* k = chosen().load();
-  const bool many = tokens >= NOMUL_MANY;
-  const int64_t bytes = many ? 0 : k->scratch_bytes(*l, tokens, mode);
-  std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, std::max<int64_t>(64, (bytes + 63) / 64 * 64)));
-  if (!scratch) return refuse(NOMUL_BAD_ARGUMENT, "%lld bytes of scratch cannot be had", bytes);
-  if (!many) k->prepare(*l, mode, x, tokens, scratch.get());
+  const int64_t bytes = chosen().load()->scratch_bytes(*l, tokens, mode);
+  Memory scratch;
+  if (!scratch.at_least(bytes)) return refuse(NOMUL_NO_MEMORY, "%lld bytes of scratch cannot be had", bytes);
+  chosen().load()->prepare(*l, mode, x, tokens, scratch.bytes.get());
   const int64_t pieces = (l->rows + kPiece - 1) / kPiece;
   std::atomic<int64_t> next{0};
   std::atomic<int> failed{0};
   const auto work = [&] {
     for (int64_t i; (i = next++) < pieces;) {
       const int64_t first = i * kPiece, last = std::min(l->rows, first + kPiece);
-      if (!many) k->rows(*l, mode, weight, bias, scratch.get(), tokens, first, last, y);
-      else if (const int code = nomul_many_rows(l, weight, bias, x, tokens, first, last, y)) failed = code;
+      if (const int code = nomul_rows(l, mode, weight, bias, x, scratch.bytes.get(), tokens, first, last, y)) failed = code;
     }
   };
   std::vector<std::thread> others;
   for (int i = 1; i < (int)std::min<int64_t>(threads, pieces); i++) others.emplace_back(work);
   work();
   for (std::thread& other : others) other.join();
-  return failed ? refuse(failed, "a thread has no memory for a decoded tile") : NOMUL_OK;
+  return failed ? refuse(failed, "a thread has no memory of its own for %lld tokens", tokens) : NOMUL_OK;
 }
 
 int nomul_decode(const nomul_layout* l, const uint8_t* weight, int64_t first_row, int64_t last_row, float* out) {

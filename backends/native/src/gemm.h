@@ -1,96 +1,83 @@
-// Many tokens: 32 rows at a time are decoded to float once, then multiplied with all tokens.
+// Many tokens in float: 32 rows at a time are decoded once, then multiplied with all tokens.
 #pragma once
 
-#include "scales.h"
+#include "columns.h"
+#include "kernels.h"
 
 namespace NOMUL_NAMESPACE {
 
 // Decode a tile to w [inputs][32 rows].
 template <int P>
-static void decode_columns(const Shape& s, const uint8_t* head, float* w) {
-  const uint8_t* record = head + kHalves * s.exponent_bytes;
-  const uint8_t* signs = head + s.head_bytes;
-  const bool offset = s.offset != NOMUL_NO_OFFSET || s.tied;
+static void decode_columns(const Shape& s, const uint8_t* tile, float* w) {
+  Reader<P> reader(s, tile);
   for (int64_t g = 0; g < s.groups; g++) {
-    Floats low[kHalves], step[kHalves][P];
-    for (int h = 0; h < kHalves; h++, record += s.scale_bytes) {
-      const int8_t* exponents = (const int8_t*)head + h * s.exponent_bytes;
-      Scales<P> scales;
-      decode_scales<P>(s, record, scales);
-      low[h] = offset ? scales.offset : zeros();
-      if (offset && s.terms) low[h] = scaled(low[h], s.tied ? exponents : exponents + kLanes);
-      for (int p = 0; p < P; p++) {
-        const Floats alpha = s.terms ? scaled(scales.plane[p], exponents) : scales.plane[p];
-        low[h] = fma(alpha, all(-1.0f), low[h]), step[h][p] = alpha + alpha;
-      }
-    }
-    const int64_t start = g * s.group, end = g + 1 < s.groups ? start + s.group : s.inputs;
-    for (int64_t k = start; k < end; k += kChunk, signs += P * kHalves * 64) {
+    const int64_t end = g + 1 < s.groups ? (g + 1) * s.group : s.inputs;
+    for (int64_t k = g * s.group; k < end; k += kChunk) {
       const int count = (int)(end - k < kChunk ? end - k : kChunk);
-      for (int h = 0; h < kHalves; h++) {
-        Words bits[P];
-        for (int p = 0; p < P; p++) bits[p] = words(signs + (p * kHalves + h) * 64);
-        for (int i = 0; i < count; i++) {
-          Floats value = low[h];
-          for (int p = 0; p < P; p++) value = plus_where(value, bits[p], i, step[h][p]);
-          store(w + (k + i) * kRows + h * kLanes, value, kLanes);
-        }
+      reader.chunk([&](int half, const auto& value_of) {
+        for (int i = 0; i < count; i++) store(w + (k + i) * kRows + half * kLanes, value_of(i), kLanes);
+      });
+    }
+  }
+}
+
+// Activations as [kTokens at a time][input][token], filled up with zeros: tokens of a wide layer lie a multiple of a
+// page apart, where they would drive each other out of the first cache.
+static inline int64_t float_scratch_bytes(const nomul_layout& l, int64_t tokens) {
+  return over(tokens, kTokens) * kTokens * l.inputs * (int64_t)sizeof(float);
+}
+
+static void pack_tokens(const nomul_layout& l, const float* x, int64_t tokens, float* out) {
+  for (int64_t first = 0; first < tokens; first += kTokens)
+    for (int64_t k = 0; k < l.inputs; k++, out += kTokens)
+      for (int t = 0; t < kTokens; t++) out[t] = first + t < tokens ? x[(first + t) * l.inputs + k] : 0.0f;
+}
+
+// Inputs whose products are added up before they are added to the rest, so that rounding grows slowly.
+constexpr int64_t kBlockInputs = 256;
+
+// y [at most kTokens tokens, 32 rows] = x w + bias; `count` rows are stored.
+static void few_tokens(const float* w, const float* x, int64_t inputs, const float* bias, int count, int64_t tokens,
+                       int64_t rows, float* y) {
+  Floats total[kTokens][kHalves];
+  for (int t = 0; t < kTokens; t++)
+    for (int h = 0; h < kHalves; h++)
+      total[t][h] = bias && count > h * kLanes ? load_some(bias + h * kLanes, count - h * kLanes) : zeros();
+  for (int64_t first = 0; first < inputs; first += kBlockInputs) {
+    const int64_t last = first + kBlockInputs < inputs ? first + kBlockInputs : inputs;
+    Floats sum[kTokens][kHalves];
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; t++) sum[t][0] = sum[t][1] = zeros();
+    for (int64_t k = first; k < last; k++) {
+      const Floats a = load(w + k * kRows), b = load(w + k * kRows + kLanes);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; t++) {
+        const Floats value = all(x[k * kTokens + t]);
+        sum[t][0] = fma(value, a, sum[t][0]), sum[t][1] = fma(value, b, sum[t][1]);
       }
     }
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; t++)
+      total[t][0] = total[t][0] + sum[t][0], total[t][1] = total[t][1] + sum[t][1];
+  }
+  for (int t = 0; t < kTokens && t < tokens; t++) {
+    store(y + t * rows, total[t][0], count < kLanes ? count : kLanes);
+    if (count > kLanes) store(y + t * rows + kLanes, total[t][1], count - kLanes);
   }
 }
 
-static inline void decode_tile(const Shape& s, const uint8_t* head, float* w) {
-  switch (s.planes) {
-    case 1: return decode_columns<1>(s, head, w);
-    case 2: return decode_columns<2>(s, head, w);
-    case 3: return decode_columns<3>(s, head, w);
-    case 4: return decode_columns<4>(s, head, w);
-    case 5: return decode_columns<5>(s, head, w);
-    case 6: return decode_columns<6>(s, head, w);
-    case 7: return decode_columns<7>(s, head, w);
-    case 8: return decode_columns<8>(s, head, w);
-  }
-}
+static inline int64_t float_spare_bytes(const nomul_layout& l) { return l.inputs * kRows * (int64_t)sizeof(float); }
 
-// y [T tokens, 32 rows] = x w + bias; `count` rows are stored.
-template <int T>
-static void few_tokens(const float* w, const float* x, int64_t inputs, const float* bias, int count, int64_t rows,
-                       float* y) {
-  Floats sum[T][kHalves];
-#pragma GCC unroll 16
-  for (int t = 0; t < T; t++)
-#pragma GCC unroll 2
-    for (int h = 0; h < kHalves; h++)
-      sum[t][h] = bias && count > h * kLanes ? load_some(bias + h * kLanes, count - h * kLanes) : zeros();
-  for (int64_t k = 0; k < inputs; k++) {
-    const Floats a = load(w + k * kRows), b = load(w + k * kRows + kLanes);
-#pragma GCC unroll 16
-    for (int t = 0; t < T; t++) {
-      const Floats value = all(x[t * inputs + k]);
-      sum[t][0] = fma(value, a, sum[t][0]), sum[t][1] = fma(value, b, sum[t][1]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int t = 0; t < T; t++) {
-    store(y + t * rows, sum[t][0], count < kLanes ? count : kLanes);
-    if (count > kLanes) store(y + t * rows + kLanes, sum[t][1], count - kLanes);
-  }
-}
-
-// spare: float [inputs * 32].
-static void many_rows(const nomul_layout& l, const uint8_t* weight, const float* bias, const float* x, int64_t tokens,
-                      int64_t first_row, int64_t last_row, float* y, float* spare) {
-  const Shape s = shape_of(l);
-  for (int64_t row = first_row; row < last_row; row += kRows) {
-    decode_tile(s, weight + row / kRows * s.tile_bytes, spare);
-    const int count = (int)(last_row - row < kRows ? last_row - row : kRows);
-    const float* its_bias = bias ? bias + row : nullptr;
-    int64_t t = 0;
-    for (; t + kTokens <= tokens; t += kTokens)
-      few_tokens<kTokens>(spare, x + t * s.inputs, s.inputs, its_bias, count, s.rows, y + t * s.rows + row);
-    for (; t < tokens; t++)
-      few_tokens<1>(spare, x + t * s.inputs, s.inputs, its_bias, count, s.rows, y + t * s.rows + row);
+static void float_rows(const nomul_job& job, float* spare) {
+  const Shape s = shape_of(job.layout);
+  for (int64_t row = job.first_row; row < job.last_row; row += kRows) {
+    const uint8_t* tile = job.weight + row / kRows * s.tile_bytes;
+    with_planes(s, [&](auto planes) { decode_columns<planes.value>(s, tile, spare); });
+    const int count = (int)(job.last_row - row < kRows ? job.last_row - row : kRows);
+    const float* bias = job.bias ? job.bias + row : nullptr;
+    for (int64_t t = 0; t < job.tokens; t += kTokens)
+      few_tokens(spare, (const float*)job.scratch + t * s.inputs, s.inputs, bias, count, job.tokens - t, s.rows,
+                 job.y + t * s.rows + row);
   }
 }
 

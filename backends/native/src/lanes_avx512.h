@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #define NOMUL_INLINE static inline __attribute__((always_inline))
+#define NOMUL_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace NOMUL_NAMESPACE {
 

@@ -7,6 +7,7 @@
 
 // Without registers to keep values in, forcing functions into their callers only makes compiling slow.
 #define NOMUL_INLINE static inline
+#define NOMUL_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace NOMUL_NAMESPACE {
 

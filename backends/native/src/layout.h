@@ -26,6 +26,12 @@ struct Shape {
   int64_t exponent_bytes, scale_bytes, head_bytes, tile_bytes;
 };
 
+// A number of planes as a type.
+template <int P>
+struct Planes {
+  static constexpr int value = P;
+};
+
 static inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static inline Shape shape_of(const nomul_layout& l) {
@@ -46,6 +52,21 @@ static inline Shape shape_of(const nomul_layout& l) {
   s.head_bytes = over(kHalves * (s.exponent_bytes + s.groups * s.scale_bytes), 64) * 64;
   s.tile_bytes = s.head_bytes + s.chunks * s.planes * kHalves * 64;
   return s;
+}
+
+// Call work(planes as a constant) for a shape's number of planes.
+template <class Work>
+static inline void with_planes(const Shape& s, const Work& work) {
+  switch (s.planes) {
+    case 1: return work(Planes<1>());
+    case 2: return work(Planes<2>());
+    case 3: return work(Planes<3>());
+    case 4: return work(Planes<4>());
+    case 5: return work(Planes<5>());
+    case 6: return work(Planes<6>());
+    case 7: return work(Planes<7>());
+    case 8: return work(Planes<8>());
+  }
 }
 
 }  // namespace NOMUL_NAMESPACE

@@ -48,12 +48,15 @@ struct FloatSums {
   }
 };
 
+// Tokens from which decoding the weight once is faster.
+constexpr int64_t kMany = 6;
+
 #include "float_level.inc"
 
 }  // namespace NOMUL_NAMESPACE
 
 const nomul_kernels* nomul_avx2_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"avx2", scratch_bytes, prepare, rows, many_rows, hadamard, decode};
+  static const nomul_kernels k = {"avx2", scratch_bytes, prepare, spare_bytes, rows, hadamard, decode};
   return &k;
 }

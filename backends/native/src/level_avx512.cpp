@@ -100,54 +100,92 @@ struct ByteSums {
   }
 };
 
-// All sums of four numbers with signs: lane c takes +x[b] where c has bit b, -x[b] elsewhere.
-static inline __m512i four_sums(const int32_t* x) {
-  __m512i t = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(x[0] + x[1] + x[2] + x[3]));
-  t = _mm512_mask_add_epi32(t, 0xAAAA, t, _mm512_set1_epi32(2 * x[0]));
-  t = _mm512_mask_add_epi32(t, 0xCCCC, t, _mm512_set1_epi32(2 * x[1]));
-  t = _mm512_mask_add_epi32(t, 0xF0F0, t, _mm512_set1_epi32(2 * x[2]));
-  return _mm512_mask_add_epi32(t, 0xFF00, t, _mm512_set1_epi32(2 * x[3]));
-}
+// All sums of four numbers with signs: lane c takes +x[b] where c has bit b, -x[b] elsewhere; times scale.
+struct FourSums {
+  __m512 sign[4];
+  explicit FourSums(float scale) {
+    const __m512 up = _mm512_set1_ps(scale), down = _mm512_set1_ps(-scale);
+    const __mmask16 has[4] = {0xAAAA, 0xCCCC, 0xF0F0, 0xFF00};
+    for (int b = 0; b < 4; b++) sign[b] = _mm512_mask_blend_ps(has[b], down, up);
+  }
+  __m512 operator()(const float* x) const {
+    const __m512 a = _mm512_mul_ps(_mm512_set1_ps(x[0]), sign[0]), b = _mm512_mul_ps(_mm512_set1_ps(x[2]), sign[2]);
+    return _mm512_add_ps(_mm512_fmadd_ps(_mm512_set1_ps(x[1]), sign[1], a),
+                         _mm512_fmadd_ps(_mm512_set1_ps(x[3]), sign[3], b));
+  }
+};
 
-// Nibble n of a chunk is half n & 1 of byte n >> 1.
-static inline int64_t place_of(int n) { return (n & 1) * 64 + (n >> 1) * 16; }
-
-static inline float largest(const float* x, int count) {
+// The greatest of these sums in a block.
+static inline float largest(const float* x, int chunks) {
   __m512 top = _mm512_setzero_ps();
-  for (int i = 0; i < count; i += 16) top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_load_ps(x + i)));
+  for (int i = 0; i < chunks * kChunk; i += 16) {
+    const __m512 size = _mm512_abs_ps(_mm512_load_ps(x + i));
+    const __m512 pair = _mm512_add_ps(size, _mm512_permute_ps(size, 0xB1));
+    top = _mm512_max_ps(top, _mm512_add_ps(pair, _mm512_permute_ps(pair, 0x4E)));
+  }
   return _mm512_reduce_max_ps(top);
 }
 
-// Round a block to whole numbers of at most 13 bits and a sign; a block of zeros has the factor zero.
-static void two_byte_tables(const float* x, int chunks, uint8_t* tables, float* factor) {
-  const float top = largest(x, chunks * kChunk);
-  const __m512 scale = _mm512_set1_ps(top > 0.0f ? 8191.0f / top : 0.0f);
-  alignas(64) int32_t whole[kBlockChunks * kChunk];
-  for (int i = 0; i < chunks * kChunk; i += 16)
-    _mm512_store_si512(whole + i, _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + i), scale)));
-  for (int c = 0; c < chunks; c++, tables += 256)
-    for (int n = 0; n < 8; n++) {
-      const __m512i sums = four_sums(whole + c * kChunk + 4 * n);
-      _mm_store_si128((__m128i*)(tables + place_of(n)), _mm512_cvtepi32_epi8(_mm512_srai_epi32(sums, 8)));
-      _mm_store_si128((__m128i*)(tables + 128 + place_of(n)), _mm512_cvtepi32_epi8(sums));
-    }
-  *factor = top / 8191.0f;
+static void float_tables_16(const float* x, int chunks, uint8_t* tables, float* factor) {
+  const FourSums sums(1.0f);
+  for (int n = 0; n < chunks * kChunk / 4; n++) _mm512_store_ps((float*)tables + 16 * n, sums(x + 4 * n));
+  *factor = 1.0f;
 }
 
-// Round the sums of a block to 8 bits: 127 stands for the largest of them.
-static void byte_tables(const float* x, int chunks, uint8_t* tables, float* factor) {
-  float top = 0.0f;
-  for (int i = 0; i < chunks * kChunk; i += 4) {
-    const float sum = std::fabs(x[i]) + std::fabs(x[i + 1]) + std::fabs(x[i + 2]) + std::fabs(x[i + 3]);
-    top = sum > top ? sum : top;
+// Sums of nibbles n, n + 2, n + 4, n + 6 of a chunk as int16, entries 0..15 of each in the order that packing leaves.
+static inline void whole_sums(const FourSums& sums, const float* x, __m512i* first, __m512i* second) {
+  const __m512i a = _mm512_cvtps_epi32(sums(x)), b = _mm512_cvtps_epi32(sums(x + 8));
+  const __m512i c = _mm512_cvtps_epi32(sums(x + 16)), d = _mm512_cvtps_epi32(sums(x + 24));
+  *first = _mm512_packs_epi32(a, b), *second = _mm512_packs_epi32(c, d);
+}
+
+// Places of the bytes of two packed nibbles: packing takes turns, four entries of each at a time.
+struct Places {
+  alignas(64) uint8_t low[64], high[64];
+};
+
+constexpr Places make_places() {
+  Places t{};
+  for (int i = 0; i < 64; i++) {
+    const int nibble = i / 16 % 2, entry = i % 16;
+    const int word = entry / 4 * 8 + nibble * 4 + entry % 4;
+    t.low[i] = (uint8_t)(2 * word), t.high[i] = (uint8_t)(2 * word + 1);
   }
-  const __m512 scale = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+  return t;
+}
+
+static constexpr Places kPlaces = make_places();
+
+// One byte of each entry of two pairs of packed nibbles, 64 in all.
+static inline __m512i bytes_of(__m512i first, __m512i second, const uint8_t* places) {
+  const __m512i index = _mm512_load_si512(places);
+  return _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(index, first), 0xFFFFFFFF00000000, index, second);
+}
+
+// Round the sums of a block to 16 bits: of the whole range, 32766 stands for the largest of them. A block of zeros has
+// the factor zero.
+static void two_byte_tables(const float* x, int chunks, uint8_t* tables, float* factor) {
+  const float top = largest(x, chunks);
+  const FourSums sums(top > 0.0f ? 32766.0f / top : 0.0f);
+  for (int c = 0; c < chunks; c++, tables += 256)
+    for (int odd = 0; odd < 2; odd++) {
+      __m512i first, second;
+      whole_sums(sums, x + c * kChunk + 4 * odd, &first, &second);
+      _mm512_store_si512(tables + 64 * odd, bytes_of(first, second, kPlaces.high));
+      _mm512_store_si512(tables + 128 + 64 * odd, bytes_of(first, second, kPlaces.low));
+    }
+  *factor = top / 32766.0f;
+}
+
+// The same to 8 bits: 127 stands for the largest sum.
+static void byte_tables(const float* x, int chunks, uint8_t* tables, float* factor) {
+  const float top = largest(x, chunks);
+  const FourSums sums(top > 0.0f ? 127.0f / top : 0.0f);
   for (int c = 0; c < chunks; c++, tables += 128)
-    for (int n = 0; n < 8; n++) {
-      alignas(64) float sums[16];
-      four_sums(x + c * kChunk + 4 * n, sums);
-      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(sums), scale));
-      _mm_store_si128((__m128i*)(tables + place_of(n)), _mm512_cvtepi32_epi8(rounded));
+    for (int odd = 0; odd < 2; odd++) {
+      __m512i first, second;
+      whole_sums(sums, x + c * kChunk + 4 * odd, &first, &second);
+      _mm512_store_si512(tables + 64 * odd, bytes_of(first, second, kPlaces.low));
     }
   *factor = top / 127.0f;
 }
@@ -156,36 +194,34 @@ static int64_t table_bytes(int32_t mode) {
   return mode == NOMUL_EXACT ? FloatSums::kTableBytes : mode == NOMUL_8_BIT ? 128 : 256;
 }
 
+// Tokens from which decoding the weight once and multiplying in float is faster.
+static bool many(int64_t tokens, int32_t mode) { return tokens >= (mode == NOMUL_EXACT ? 9 : 64); }
+
 static int64_t scratch_bytes(const nomul_layout& l, int64_t tokens, int32_t mode) {
-  return scratch_of(shape_of(l), table_bytes(mode)).token_bytes * tokens;
+  return many(tokens, mode) ? float_scratch_bytes(l, tokens) : scratch_of(shape_of(l), table_bytes(mode)).token_bytes * tokens;
 }
 
 static void prepare(const nomul_layout& l, int32_t mode, const float* x, int64_t tokens, void* scratch) {
-  const Shape s = shape_of(l);
-  const Scratch at = scratch_of(s, table_bytes(mode));
-  const auto make = mode == NOMUL_EXACT ? float_tables : mode == NOMUL_8_BIT ? byte_tables : two_byte_tables;
-  for (int64_t t = 0; t < tokens; t++)
-    each_block(s, at, x + t * s.inputs, (uint8_t*)scratch + t * at.token_bytes, make);
+  if (many(tokens, mode)) return pack_tokens(l, x, tokens, (float*)scratch);
+  const auto make = mode == NOMUL_EXACT ? float_tables_16 : mode == NOMUL_8_BIT ? byte_tables : two_byte_tables;
+  prepare_with(l, table_bytes(mode), x, tokens, scratch, make);
 }
 
-static void rows(const nomul_layout& l, int32_t mode, const uint8_t* weight, const float* bias, const void* scratch,
-                 int64_t tokens, int64_t first_row, int64_t last_row, float* y) {
-  const Shape s = shape_of(l);
-  const Scratch at = scratch_of(s, table_bytes(mode));
-  const Run run = {s, at, weight, bias, scratch, tokens, last_row, y};
-  if (mode == NOMUL_EXACT) rows_with<FloatSums>(run, first_row);
-  else if (mode == NOMUL_8_BIT) rows_with<ByteSums<false>>(run, first_row);
-  else rows_with<ByteSums<true>>(run, first_row);
+static int64_t spare_bytes(const nomul_layout& l, int64_t tokens, int32_t mode) {
+  return many(tokens, mode) ? float_spare_bytes(l) : 0;
 }
 
-static void decode(const nomul_layout& l, const uint8_t* weight, int64_t first_row, int64_t last_row, float* out) {
-  decode_rows(shape_of(l), weight, first_row, last_row, out);
+static void rows(const nomul_job& job, void* spare) {
+  if (many(job.tokens, job.mode)) return float_rows(job, (float*)spare);
+  if (job.mode == NOMUL_EXACT) rows_with<FloatSums>(job, table_bytes(job.mode));
+  else if (job.mode == NOMUL_8_BIT) rows_with<ByteSums<false>>(job, table_bytes(job.mode));
+  else rows_with<ByteSums<true>>(job, table_bytes(job.mode));
 }
 
 }  // namespace NOMUL_NAMESPACE
 
 const nomul_kernels* nomul_avx512_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"avx512", scratch_bytes, prepare, rows, many_rows, hadamard, decode};
+  static const nomul_kernels k = {"avx512", scratch_bytes, prepare, spare_bytes, rows, hadamard, decode};
   return &k;
 }

@@ -32,12 +32,15 @@ struct FloatSums {
   }
 };
 
+// Tokens from which decoding the weight once is faster.
+constexpr int64_t kMany = 9;
+
 #include "float_level.inc"
 
 }  // namespace NOMUL_NAMESPACE
 
 const nomul_kernels* nomul_portable_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"portable", scratch_bytes, prepare, rows, many_rows, hadamard, decode};
+  static const nomul_kernels k = {"portable", scratch_bytes, prepare, spare_bytes, rows, hadamard, decode};
   return &k;
 }

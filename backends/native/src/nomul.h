@@ -19,11 +19,10 @@ extern "C" {
 
 enum { NOMUL_LAYOUT_VERSION = 1 };
 
-enum { NOMUL_OK = 0, NOMUL_BAD_LAYOUT = 1, NOMUL_BAD_ARGUMENT = 2, NOMUL_NO_SUCH_LEVEL = 3 };
+enum { NOMUL_OK = 0, NOMUL_BAD_LAYOUT = 1, NOMUL_BAD_ARGUMENT = 2, NOMUL_NO_SUCH_LEVEL = 3, NOMUL_NO_MEMORY = 4 };
 
-enum { NOMUL_MANY = 13 };
-
-// How activations enter the sums: as float, rounded to 14 bits a block of inputs, or sums rounded to 8 bits.
+// How activations enter: as float; as sums of four of 16 bits, so that they keep 14 (many tokens: as two bfloat16); or
+// as sums of four of 8 bits (many tokens: as bfloat16). What a level has no faster way for it takes as float.
 enum { NOMUL_EXACT = 0, NOMUL_14_BIT = 1, NOMUL_8_BIT = 2 };
 
 // What stands beside the scales of a group: nothing, an offset coded as they are, or a zero point of uniform codes.
@@ -39,20 +38,17 @@ typedef struct {
 // Bytes of a weight in tile order; -1 for a layout that cannot be.
 NOMUL_API int64_t nomul_weight_bytes(const nomul_layout* layout);
 
-// Bytes of scratch that `nomul_prepare` fills for `tokens` tokens.
+// Bytes of scratch that `nomul_prepare` fills for `tokens` tokens; may be 0.
 NOMUL_API int64_t nomul_scratch_bytes(const nomul_layout* layout, int64_t tokens, int32_t mode);
 
-// Turn activations x [tokens, inputs] into what the row kernels look up; scratch is 64-byte aligned.
+// Turn activations x [tokens, inputs] into what the row kernels look up or multiply; scratch is 64-byte aligned.
 NOMUL_API int nomul_prepare(const nomul_layout* layout, int32_t mode, const float* x, int64_t tokens, void* scratch);
 
-// Compute y[t, first_row..last_row) of y [tokens, rows] from a prepared scratch; first_row is a multiple of 32.
-// bias: float [rows] or null.
+// Compute y[t, first_row..last_row) of y [tokens, rows] from the activations and the scratch prepared from them;
+// first_row is a multiple of 32. bias: float [rows] or null.
 NOMUL_API int nomul_rows(const nomul_layout* layout, int32_t mode, const uint8_t* weight, const float* bias,
-                         const void* scratch, int64_t tokens, int64_t first_row, int64_t last_row, float* y);
-
-// The same from the activations themselves: faster from about NOMUL_MANY tokens on, and as exact as float32.
-NOMUL_API int nomul_many_rows(const nomul_layout* layout, const uint8_t* weight, const float* bias, const float* x,
-                              int64_t tokens, int64_t first_row, int64_t last_row, float* y);
+                         const float* x, const void* scratch, int64_t tokens, int64_t first_row, int64_t last_row,
+                         float* y);
 
 // Compute y [tokens, rows] = x W^T + bias on `threads` threads.
 NOMUL_API int nomul_linear(const nomul_layout* layout, int32_t mode, const uint8_t* weight, int64_t weight_bytes,

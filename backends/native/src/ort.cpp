@@ -83,6 +83,7 @@ void* scratch_of(int64_t bytes) {
   };
   static thread_local std::unique_ptr<void, Free> held;
   static thread_local int64_t size = 0;
+  bytes = std::max<int64_t>(bytes, 64);
   if (size < bytes) {
     held.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
     size = held ? bytes : 0;
@@ -127,8 +128,9 @@ OrtStatus* create_linear(const CustomOp*, Table api, const OrtKernelInfo* info, 
   return nullptr;
 }
 
-// Rows of a piece of work, and the weights below which starting threads takes longer than they save.
-constexpr int64_t kPiece = 128, kSmall = 1 << 18;
+// Rows of a piece of work, tokens that are prepared at once, and the weights below which starting threads takes longer
+// than they save.
+constexpr int64_t kPiece = 128, kTokens = 512, kSmall = 1 << 18;
 
 struct Pieces {
   const TiledLinear* kernel;
@@ -142,11 +144,29 @@ struct Pieces {
 void one_piece(void* user, size_t index) {
   Pieces& p = *(Pieces*)user;
   const nomul_layout& l = p.kernel->layout;
-  const uint8_t* weight = p.kernel->weight;
   const int64_t first = (int64_t)index * kPiece, last = std::min(l.rows, first + kPiece);
-  const int code = p.scratch ? nomul_rows(&l, (int32_t)p.kernel->mode, weight, p.bias, p.scratch, p.tokens, first, last, p.y)
-                             : nomul_many_rows(&l, weight, p.bias, p.x, p.tokens, first, last, p.y);
-  if (code) p.failed = code;
+  if (const int code = nomul_rows(&l, (int32_t)p.kernel->mode, p.kernel->weight, p.bias, p.x, p.scratch, p.tokens, first,
+                                  last, p.y))
+    p.failed = code;
+}
+
+// Compute y [tokens, rows] of at most kTokens tokens on the runtime's threads.
+OrtStatus* some_tokens(const TiledLinear& k, OrtKernelContext* context, const float* bias, const float* x,
+                       int64_t tokens, float* y) {
+  const nomul_layout& l = k.layout;
+  void* scratch = scratch_of(nomul_scratch_bytes(&l, tokens, (int32_t)k.mode));
+  if (!scratch) return failure(k.api, "nomul::TiledLinear: there is no memory for the tables", ort::kFail);
+  if (nomul_prepare(&l, (int32_t)k.mode, x, tokens, scratch)) return failure(k.api, nomul_error());
+  Pieces pieces = {&k, bias, x, scratch, tokens, y, {0}};
+  const size_t count = (size_t)((l.rows + kPiece - 1) / kPiece);
+  if (count == 1 || l.rows * l.inputs * tokens < kSmall) {
+    for (size_t i = 0; i < count; i++) one_piece(&pieces, i);
+  } else if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_ParallelFor, (const OrtKernelContext*)context,
+                                             &one_piece, count, (size_t)0, (void*)&pieces)) {
+    return s;
+  }
+  if (pieces.failed) return failure(k.api, "nomul::TiledLinear: a thread has no memory of its own", ort::kFail);
+  return nullptr;
 }
 
 OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
@@ -168,22 +188,12 @@ OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
   dims.back() = l.rows;
   float* y = nullptr;
   if (OrtStatus* s = output(k.api, context, 0, dims, &y)) return s;
-  if (tokens == 0) return nullptr;
-  Pieces pieces = {&k, (const float*)bias.data, (const float*)x.data, nullptr, tokens, y, {0}};
-  if (tokens < NOMUL_MANY) {
-    void* scratch = scratch_of(nomul_scratch_bytes(&l, tokens, (int32_t)k.mode));
-    if (!scratch) return failure(k.api, "nomul::TiledLinear: there is no memory for the tables", ort::kFail);
-    if (nomul_prepare(&l, (int32_t)k.mode, (const float*)x.data, tokens, scratch)) return failure(k.api, nomul_error());
-    pieces.scratch = scratch;
+  for (int64_t t = 0; t < tokens; t += kTokens) {
+    const int64_t count = std::min(kTokens, tokens - t);
+    if (OrtStatus* s = some_tokens(k, context, (const float*)bias.data, (const float*)x.data + t * l.inputs, count,
+                                   y + t * l.rows))
+      return s;
   }
-  const size_t count = (size_t)((l.rows + kPiece - 1) / kPiece);
-  if (count == 1 || l.rows * l.inputs * tokens < kSmall) {
-    for (size_t i = 0; i < count; i++) one_piece(&pieces, i);
-  } else if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_ParallelFor, (const OrtKernelContext*)context,
-                                             &one_piece, count, (size_t)0, (void*)&pieces)) {
-    return s;
-  }
-  if (pieces.failed) return failure(k.api, "nomul::TiledLinear: a thread has no memory for a decoded tile", ort::kFail);
   return nullptr;
 }
 

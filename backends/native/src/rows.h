@@ -1,27 +1,24 @@
 // The loop over tiles of rows that all levels share; `Sums` adds up what signs select from tables.
 #pragma once
 
-#include "scales.h"
+#include "columns.h"
+#include "kernels.h"
 #include "scratch.h"
 
 namespace NOMUL_NAMESPACE {
 
-// Where a run of tiles reads and writes.
+// A job with what follows from it.
 struct Run {
-  const Shape& shape;
-  const Scratch& scratch;
-  const uint8_t* weight;
-  const float* bias;
-  const void* tables;
-  int64_t tokens, last_row;
-  float* y;
+  const nomul_job& job;
+  const Shape shape;
+  const Scratch scratch;
 };
 
 // Compute R halves of a tile from `half` on, for M tokens from `token` on, with P planes.
 template <class Sums, int P, int R, int M>
 static void few_rows(const Run& run, int64_t tile, int half, int64_t token) {
   const Shape& s = run.shape;
-  const uint8_t* head = run.weight + tile * s.tile_bytes;
+  const uint8_t* head = run.job.weight + tile * s.tile_bytes;
   const uint8_t* record = head + kHalves * s.exponent_bytes + half * s.scale_bytes;
   const uint8_t* signs = head + s.head_bytes + half * 64;
   const bool offset = s.offset != NOMUL_NO_OFFSET || s.tied;
@@ -29,7 +26,7 @@ static void few_rows(const Run& run, int64_t tile, int half, int64_t token) {
   Token t[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
-    t[m] = token_of(run.scratch, run.tables, token + m);
+    t[m] = token_of(run.scratch, run.job.scratch, token + m);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) y[r][m] = z[r][m] = zeros();
   }
@@ -66,7 +63,7 @@ static void few_rows(const Run& run, int64_t tile, int half, int64_t token) {
   }
   for (int r = 0; r < R; r++) {
     const int64_t row = tile * kRows + (half + r) * kLanes;
-    const int64_t left = run.last_row - row;
+    const int64_t left = run.job.last_row - row;
     if (left <= 0) break;
     const int8_t* exponents = (const int8_t*)head + (half + r) * s.exponent_bytes;
     for (int m = 0; m < M; m++) {
@@ -78,37 +75,31 @@ static void few_rows(const Run& run, int64_t tile, int half, int64_t token) {
         out = out + z[r][m];
       }
       const int count = (int)(left < kLanes ? left : kLanes);
-      if (run.bias) out = out + load_some(run.bias + row, count);
-      store(run.y + (token + m) * s.rows + row, out, count);
+      if (run.job.bias) out = out + load_some(run.job.bias + row, count);
+      store(run.job.y + (token + m) * s.rows + row, out, count);
     }
   }
 }
 
 // One token takes both halves at once; several share what one half selects, as many as leave registers for the sums.
 template <class Sums, int P>
-static void all_rows(const Run& run, int64_t first_row) {
-  constexpr int kMany = P <= 3 ? 4 : P <= 6 ? 2 : 1, kBoth = P <= 6 ? 2 : 1;
-  for (int64_t tile = first_row / kRows; tile < over(run.last_row, kRows); tile++) {
+static void all_rows(const Run& run) {
+  constexpr int kTogether = P <= 3 ? 4 : P <= 6 ? 2 : 1, kBoth = P <= 6 ? 2 : 1;
+  const nomul_job& job = run.job;
+  for (int64_t tile = job.first_row / kRows; tile < over(job.last_row, kRows); tile++) {
     int64_t token = 0;
-    for (; kMany > 1 && token + kMany <= run.tokens; token += kMany)
-      for (int half = 0; half < kHalves; half++) few_rows<Sums, P, 1, kMany>(run, tile, half, token);
-    for (; token < run.tokens; token++)
+    for (; kTogether > 1 && token + kTogether <= job.tokens; token += kTogether)
+      for (int half = 0; half < kHalves; half++) few_rows<Sums, P, 1, kTogether>(run, tile, half, token);
+    for (; token < job.tokens; token++)
       for (int half = 0; half < kHalves; half += kBoth) few_rows<Sums, P, kBoth, 1>(run, tile, half, token);
   }
 }
 
 template <class Sums>
-static void rows_with(const Run& run, int64_t first_row) {
-  switch (run.shape.planes) {
-    case 1: return all_rows<Sums, 1>(run, first_row);
-    case 2: return all_rows<Sums, 2>(run, first_row);
-    case 3: return all_rows<Sums, 3>(run, first_row);
-    case 4: return all_rows<Sums, 4>(run, first_row);
-    case 5: return all_rows<Sums, 5>(run, first_row);
-    case 6: return all_rows<Sums, 6>(run, first_row);
-    case 7: return all_rows<Sums, 7>(run, first_row);
-    case 8: return all_rows<Sums, 8>(run, first_row);
-  }
+static void rows_with(const nomul_job& job, int64_t table_bytes) {
+  const Shape s = shape_of(job.layout);
+  const Run run = {job, s, scratch_of(s, table_bytes)};
+  with_planes(s, [&](auto planes) { all_rows<Sums, planes.value>(run); });
 }
 
 // Decode rows to float weights.
@@ -146,17 +137,9 @@ static void decode_tiles(const Shape& s, const uint8_t* weight, int64_t first_ro
   }
 }
 
-static inline void decode_rows(const Shape& s, const uint8_t* weight, int64_t first, int64_t last, float* out) {
-  switch (s.planes) {
-    case 1: return decode_tiles<1>(s, weight, first, last, out);
-    case 2: return decode_tiles<2>(s, weight, first, last, out);
-    case 3: return decode_tiles<3>(s, weight, first, last, out);
-    case 4: return decode_tiles<4>(s, weight, first, last, out);
-    case 5: return decode_tiles<5>(s, weight, first, last, out);
-    case 6: return decode_tiles<6>(s, weight, first, last, out);
-    case 7: return decode_tiles<7>(s, weight, first, last, out);
-    case 8: return decode_tiles<8>(s, weight, first, last, out);
-  }
+static void decode(const nomul_layout& l, const uint8_t* weight, int64_t first, int64_t last, float* out) {
+  const Shape s = shape_of(l);
+  with_planes(s, [&](auto planes) { decode_tiles<planes.value>(s, weight, first, last, out); });
 }
 
 }  // namespace NOMUL_NAMESPACE

@@ -39,6 +39,14 @@ static inline Token token_of(const Scratch& at, const void* scratch, int64_t tok
   return {p, (const float*)(p + at.factors_at), (const float*)(p + at.sums_at)};
 }
 
+// Eight sums that do not wait for each other.
+static inline double block_sum(const float* x, int chunks) {
+  double lanes[8] = {};
+  for (int i = 0; i < chunks * kChunk; i += 8)
+    for (int j = 0; j < 8; j++) lanes[j] += x[i + j];
+  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+
 // Call make(activations[128], chunks, tables, factor) for every block of a token; the block is filled up with zeros.
 template <class Make>
 static inline void each_block(const Shape& s, const Scratch& at, const float* x, void* scratch, const Make& make) {
@@ -48,16 +56,16 @@ static inline void each_block(const Shape& s, const Scratch& at, const float* x,
   for (int64_t g = 0; g < s.groups; g++) {
     const int64_t start = g * s.group, end = g + 1 < s.groups ? start + s.group : s.inputs;
     double sum = 0.0;
-    for (int64_t i = start; i < end; i++) sum += x[i];
-    sums[g] = (float)sum;
     for (int64_t i = start; i < end; i += kBlockChunks * kChunk) {
       alignas(64) float block[kBlockChunks * kChunk] = {};
       const int64_t count = end - i < kBlockChunks * kChunk ? end - i : kBlockChunks * kChunk;
       std::memcpy(block, x + i, sizeof(float) * count);
       const int chunks = (int)over(count, kChunk);
+      sum += block_sum(block, chunks);
       make(block, chunks, tables, factor++);
       tables += chunks * at.table_bytes;
     }
+    sums[g] = (float)sum;
   }
 }
 
@@ -76,5 +84,13 @@ static inline void float_tables(const float* x, int chunks, uint8_t* tables, flo
 }
 
 constexpr int64_t kFloatTableBytes = kChunk / 4 * 16 * 4;
+
+template <class Make>
+static inline void prepare_with(const nomul_layout& l, int64_t table_bytes, const float* x, int64_t tokens,
+                                void* scratch, const Make& make) {
+  const Shape s = shape_of(l);
+  const Scratch at = scratch_of(s, table_bytes);
+  for (int64_t t = 0; t < tokens; t++) each_block(s, at, x + t * s.inputs, (uint8_t*)scratch + t * at.token_bytes, make);
+}
 
 }  // namespace NOMUL_NAMESPACE
