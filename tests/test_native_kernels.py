@@ -15,6 +15,7 @@ from tests.coded_weights import exact_product, quant_codes, relative_error, shif
 
 # Bounds of relative error against float64: what each mode promises.
 BOUNDS = {"exact": 1e-6, "14bit": 1e-4, "8bit": 2e-2}
+DENSE_BOUNDS = {"exact": 1e-6, "14bit": 1e-5, "8bit": 5e-3}
 LEVELS = load().levels
 # Rows, inputs and group: tiny, ragged, whole, wide, with groups that fill no whole chunk and groups of a whole row.
 SHAPES = [(1, 1, 64), (17, 33, 32), (33, 100, 40), (48, 64, 4096), (31, 576, 64), (129, 257, 96)]
@@ -96,6 +97,20 @@ def test_uniform_products_are_within_the_bound_of_their_mode(bits: int, mode: st
         codes, x = quant_codes(rows, inputs, bits, group, True, seed=bits), activations(3, inputs)
         wanted = exact_product(x, codes.dequantize(torch.float64), None)
         assert relative_error(library.linear(x, pack(codes), None, mode, threads=1), wanted) <= BOUNDS[mode], rows
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (17, 33), (70, 100), (130, 576)])
+def test_products_with_16_bit_floats_are_within_the_bound_of_their_mode(
+    shape: tuple[int, int], dtype: torch.dtype, mode: str, library: Library
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])).to(dtype)
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(1)) if shape[0] % 2 else None
+    for tokens in (1, 2, 3, 7, 9, 40):
+        x = activations(tokens, shape[1], seed=tokens)
+        got = library.dense_linear(x, weight, bias, mode, threads=2)
+        assert relative_error(got, exact_product(x, weight.double(), bias)) <= DENSE_BOUNDS[mode], tokens
 
 
 @pytest.mark.parametrize("tokens", [5, 20])

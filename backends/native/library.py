@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -26,11 +26,21 @@ class _Layout(ctypes.Structure):
     )
 
 
+class _Dense(ctypes.Structure):
+    _fields_ = (("kind", c_int32), ("rows", c_int64), ("inputs", c_int64))
+
+
+_KINDS = {torch.bfloat16: 0, torch.float16: 1}
+
 _SIGNATURES = {
     "nomul_weight_bytes": (c_int64, [POINTER(_Layout)]),
     "nomul_linear": (
         c_int,
         [POINTER(_Layout), c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32],
+    ),
+    "nomul_dense_linear": (
+        c_int,
+        [POINTER(_Dense), c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32],
     ),
     "nomul_hadamard": (
         c_int,
@@ -107,24 +117,44 @@ class Library:
 
         Raises UsageError for shapes, dtypes and modes that do not fit.
         """
-        layout = weight.layout
-        _check(x, bias, layout, mode)
-        flat = x.reshape(-1, layout.inputs).contiguous()
-        out = torch.empty(flat.shape[0], layout.rows)
+        form = _struct(weight.layout), weight.layout.rows, weight.layout.inputs
+        return self._product(self._handle.nomul_linear, form, x, weight.data, bias, mode, threads)
+
+    def dense_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, mode: str = DEFAULT_MODE, threads: int = 1
+    ) -> Tensor:
+        """Return x W^T + bias as `linear` does, for a weight bfloat16 or float16 [N, K]."""
+        if weight.dtype not in _KINDS or weight.ndim != 2:
+            raise UsageError(
+                "the weight does not fit the kernels of 16-bit floats",
+                why=f"it is {weight.dtype} {list(weight.shape)}, bfloat16 or float16 [N, K] is needed",
+            )
+        rows, inputs = weight.shape
+        form = _Dense(_KINDS[weight.dtype], rows, inputs), rows, inputs
+        return self._product(self._handle.nomul_dense_linear, form, x, weight.contiguous(), bias, mode, threads)
+
+    def _product(
+        self,
+        function: Callable[..., int],
+        form: tuple[ctypes.Structure, int, int],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mode: str,
+        threads: int,
+    ) -> Tensor:
+        struct, rows, inputs = form
+        _check(x, bias, rows, inputs, mode)
+        flat = x.reshape(-1, inputs).contiguous()
+        held = None if bias is None else bias.contiguous()
+        out = torch.empty(flat.shape[0], rows)
         self._done(
-            self._handle.nomul_linear(
-                byref(_struct(layout)),
-                MODES[mode],
-                weight.data.data_ptr(),
-                weight.data.numel(),
-                None if bias is None else bias.contiguous().data_ptr(),
-                flat.data_ptr(),
-                flat.shape[0],
-                out.data_ptr(),
-                threads,
+            function(
+                *(byref(struct), MODES[mode], weight.data_ptr(), weight.nbytes),
+                *(None if held is None else held.data_ptr(), flat.data_ptr(), flat.shape[0], out.data_ptr(), threads),
             )
         )
-        return out.reshape(*x.shape[:-1], layout.rows)
+        return out.reshape(*x.shape[:-1], rows)
 
     def decode(self, weight: Packed) -> Tensor:
         """Return the weight as float32 [N, K]."""
@@ -161,16 +191,16 @@ def _struct(layout: Layout) -> _Layout:
     return _Layout(**layout.attributes())
 
 
-def _check(x: Tensor, bias: Tensor | None, layout: Layout, mode: str) -> None:
+def _check(x: Tensor, bias: Tensor | None, rows: int, inputs: int, mode: str) -> None:
     if mode not in MODES:
         raise UsageError(f"there is no mode {mode}", where="mode", fix=f"use one of {', '.join(MODES)}")
-    if x.dtype != torch.float32 or x.ndim < 1 or x.shape[-1] != layout.inputs:
+    if x.dtype != torch.float32 or x.ndim < 1 or x.shape[-1] != inputs:
         raise UsageError(
             "the activations do not fit the weight",
-            why=f"they are {x.dtype} {list(x.shape)}, float32 [..., {layout.inputs}] is needed",
+            why=f"they are {x.dtype} {list(x.shape)}, float32 [..., {inputs}] is needed",
         )
-    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (layout.rows,)):
+    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (rows,)):
         raise UsageError(
             "the bias does not fit the weight",
-            why=f"it is {bias.dtype} {list(bias.shape)}, float32 [{layout.rows}] is needed",
+            why=f"it is {bias.dtype} {list(bias.shape)}, float32 [{rows}] is needed",
         )

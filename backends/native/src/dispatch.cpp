@@ -104,8 +104,18 @@ int check(const nomul_layout* l) {
   return NOMUL_OK;
 }
 
-int check(const nomul_layout* l, int32_t mode, int64_t tokens) {
-  if (const int code = check(l)) return code;
+int check(const nomul_dense* d) {
+  if (!d) return refuse(NOMUL_BAD_LAYOUT, "no form of the weight was given");
+  if (d->rows < 1 || d->inputs < 1 || d->rows > INT32_MAX || d->inputs > INT32_MAX)
+    return refuse(NOMUL_BAD_LAYOUT, "a weight cannot be %lld x %lld", d->rows, d->inputs);
+  if (d->kind != NOMUL_BFLOAT16 && d->kind != NOMUL_FLOAT16)
+    return refuse(NOMUL_BAD_LAYOUT, "there are no 16-bit floats of kind %lld", d->kind);
+  return NOMUL_OK;
+}
+
+template <class Form>
+int check(const Form* form, int32_t mode, int64_t tokens) {
+  if (const int code = check(form)) return code;
   if (!chosen().load()) return no_level();
   if (mode < NOMUL_EXACT || mode > NOMUL_8_BIT) return refuse(NOMUL_BAD_ARGUMENT, "there is no mode %lld", mode);
   if (tokens < 0) return refuse(NOMUL_BAD_ARGUMENT, "there cannot be %lld tokens", tokens);
@@ -133,6 +143,71 @@ struct Memory {
 // Rows of a piece of work: enough that a thread's start does not count.
 constexpr int64_t kPiece = 256;
 
+int64_t bytes_of(const nomul_layout& l) { return nomul_weight_bytes(&l); }
+int64_t bytes_of(const nomul_dense& d) { return d.rows * d.inputs * 2; }
+
+const nomul_product<nomul_layout>& product_of(const nomul_layout&) { return chosen().load()->tiled; }
+const nomul_product<nomul_dense>& product_of(const nomul_dense&) { return chosen().load()->dense; }
+
+template <class Form>
+int64_t scratch_bytes(const Form* form, int64_t tokens, int32_t mode) {
+  return check(form, mode, tokens) ? -1 : product_of(*form).scratch_bytes(*form, tokens, mode);
+}
+
+template <class Form>
+int prepare(const Form* form, int32_t mode, const float* x, int64_t tokens, void* scratch) {
+  if (const int code = check(form, mode, tokens)) return code;
+  if (!x || !scratch || (uintptr_t)scratch % 64)
+    return refuse(NOMUL_BAD_ARGUMENT, "activations and a scratch at a multiple of 64 bytes are needed");
+  product_of(*form).prepare(*form, mode, x, tokens, scratch);
+  return NOMUL_OK;
+}
+
+template <class Form>
+int rows(const Form* form, int32_t mode, const uint8_t* weight, const float* bias, const float* x, const void* scratch,
+         int64_t tokens, int64_t first_row, int64_t last_row, float* y) {
+  if (const int code = check(form, mode, tokens)) return code;
+  if (first_row % 32 || first_row < 0 || last_row > form->rows || first_row > last_row)
+    return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be computed by themselves", first_row, last_row);
+  if (first_row == last_row || tokens == 0) return NOMUL_OK;
+  const nomul_product<Form>& product = product_of(*form);
+  const int64_t bytes = product.spare_bytes(*form, tokens, mode);
+  static thread_local Memory spare;
+  if (!spare.at_least(bytes)) return refuse(NOMUL_NO_MEMORY, "a thread cannot have %lld bytes for itself", bytes);
+  product.rows({*form, mode, weight, bias, x, scratch, tokens, first_row, last_row, y}, spare.bytes.get());
+  return NOMUL_OK;
+}
+
+template <class Form>
+int linear(const Form* form, int32_t mode, const uint8_t* weight, int64_t weight_bytes, const float* bias,
+           const float* x, int64_t tokens, float* y, int32_t threads) {
+  if (const int code = check(form, mode, tokens)) return code;
+  if (tokens == 0) return NOMUL_OK;
+  if (!weight || !y || !x) return refuse(NOMUL_BAD_ARGUMENT, "a pointer is null");
+  if (weight_bytes != bytes_of(*form))
+    return refuse(NOMUL_BAD_ARGUMENT, "the weight has %lld bytes, its layout needs %lld", weight_bytes, bytes_of(*form));
+  if (threads < 1) return refuse(NOMUL_BAD_ARGUMENT, "there cannot be %lld threads", threads);
+  const int64_t bytes = product_of(*form).scratch_bytes(*form, tokens, mode);
+  Memory scratch;
+  if (!scratch.at_least(bytes)) return refuse(NOMUL_NO_MEMORY, "%lld bytes of scratch cannot be had", bytes);
+  product_of(*form).prepare(*form, mode, x, tokens, scratch.bytes.get());
+  const int64_t pieces = (form->rows + kPiece - 1) / kPiece;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> failed{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next++) < pieces;) {
+      const int64_t first = i * kPiece, last = std::min(form->rows, first + kPiece);
+      const int code = rows(form, mode, weight, bias, x, scratch.bytes.get(), tokens, first, last, y);
+      if (code) failed = code;
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < (int)std::min<int64_t>(threads, pieces); i++) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+  return failed ? refuse(failed, "a thread has no memory of its own for %lld tokens", tokens) : NOMUL_OK;
+}
+
 }  // namespace
 
 extern "C" {
@@ -143,59 +218,38 @@ int64_t nomul_weight_bytes(const nomul_layout* l) {
   return s.tiles * s.tile_bytes;
 }
 
-int64_t nomul_scratch_bytes(const nomul_layout* l, int64_t tokens, int32_t mode) {
-  return check(l, mode, tokens) ? -1 : chosen().load()->scratch_bytes(*l, tokens, mode);
-}
+int64_t nomul_scratch_bytes(const nomul_layout* l, int64_t tokens, int32_t mode) { return scratch_bytes(l, tokens, mode); }
 
 int nomul_prepare(const nomul_layout* l, int32_t mode, const float* x, int64_t tokens, void* scratch) {
-  if (const int code = check(l, mode, tokens)) return code;
-  if (!x || !scratch || (uintptr_t)scratch % 64)
-    return refuse(NOMUL_BAD_ARGUMENT, "activations and a scratch at a multiple of 64 bytes are needed");
-  chosen().load()->prepare(*l, mode, x, tokens, scratch);
-  return NOMUL_OK;
+  return prepare(l, mode, x, tokens, scratch);
 }
 
 int nomul_rows(const nomul_layout* l, int32_t mode, const uint8_t* weight, const float* bias, const float* x,
                const void* scratch, int64_t tokens, int64_t first_row, int64_t last_row, float* y) {
-  if (const int code = check(l, mode, tokens)) return code;
-  if (first_row % 32 || first_row < 0 || last_row > l->rows || first_row > last_row)
-    return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be computed by themselves", first_row, last_row);
-  if (first_row == last_row || tokens == 0) return NOMUL_OK;
-  const nomul_kernels* k = chosen().load();
-  const int64_t bytes = k->spare_bytes(*l, tokens, mode);
-  static thread_local Memory spare;
-  if (!spare.at_least(bytes)) return refuse(NOMUL_NO_MEMORY, "a thread cannot have %lld bytes for itself", bytes);
-  k->rows({*l, mode, weight, bias, x, scratch, tokens, first_row, last_row, y}, spare.bytes.get());
-  return NOMUL_OK;
+  return rows(l, mode, weight, bias, x, scratch, tokens, first_row, last_row, y);
 }
 
 int nomul_linear(const nomul_layout* l, int32_t mode, const uint8_t* weight, int64_t weight_bytes, const float* bias,
                  const float* x, int64_t tokens, float* y, int32_t threads) {
-  if (const int code = check(l, mode, tokens)) return code;
-  if (tokens == 0) return NOMUL_OK;
-  if (!weight || !y || !x) return refuse(NOMUL_BAD_ARGUMENT, "a pointer is null");
-  if (weight_bytes != nomul_weight_bytes(l))
-    return refuse(NOMUL_BAD_ARGUMENT, "the weight has %lld bytes, its layout needs %lld", weight_bytes,
-                  nomul_weight_bytes(l));
-  if (threads < 1) return refuse(NOMUL_BAD_ARGUMENT, "there cannot be %lld threads", threads);
-  const int64_t bytes = chosen().load()->scratch_bytes(*l, tokens, mode);
-  Memory scratch;
-  if (!scratch.at_least(bytes)) return refuse(NOMUL_NO_MEMORY, "%lld bytes of scratch cannot be had", bytes);
-  chosen().load()->prepare(*l, mode, x, tokens, scratch.bytes.get());
-  const int64_t pieces = (l->rows + kPiece - 1) / kPiece;
-  std::atomic<int64_t> next{0};
-  std::atomic<int> failed{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next++) < pieces;) {
-      const int64_t first = i * kPiece, last = std::min(l->rows, first + kPiece);
-      if (const int code = nomul_rows(l, mode, weight, bias, x, scratch.bytes.get(), tokens, first, last, y)) failed = code;
-    }
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < (int)std::min<int64_t>(threads, pieces); i++) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
-  return failed ? refuse(failed, "a thread has no memory of its own for %lld tokens", tokens) : NOMUL_OK;
+  return linear(l, mode, weight, weight_bytes, bias, x, tokens, y, threads);
+}
+
+int64_t nomul_dense_scratch_bytes(const nomul_dense* d, int64_t tokens, int32_t mode) {
+  return scratch_bytes(d, tokens, mode);
+}
+
+int nomul_dense_prepare(const nomul_dense* d, int32_t mode, const float* x, int64_t tokens, void* scratch) {
+  return prepare(d, mode, x, tokens, scratch);
+}
+
+int nomul_dense_rows(const nomul_dense* d, int32_t mode, const uint8_t* weight, const float* bias, const float* x,
+                     const void* scratch, int64_t tokens, int64_t first_row, int64_t last_row, float* y) {
+  return rows(d, mode, weight, bias, x, scratch, tokens, first_row, last_row, y);
+}
+
+int nomul_dense_linear(const nomul_dense* d, int32_t mode, const uint8_t* weight, int64_t weight_bytes,
+                       const float* bias, const float* x, int64_t tokens, float* y, int32_t threads) {
+  return linear(d, mode, weight, weight_bytes, bias, x, tokens, y, threads);
 }
 
 int nomul_decode(const nomul_layout* l, const uint8_t* weight, int64_t first_row, int64_t last_row, float* out) {

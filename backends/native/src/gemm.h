@@ -1,4 +1,4 @@
-// Many tokens in float: 32 rows at a time are decoded once, then multiplied with all tokens.
+// Many tokens in float: 32 rows at a time are turned into columns once, then multiplied with all tokens.
 #pragma once
 
 #include "columns.h"
@@ -23,14 +23,14 @@ static void decode_columns(const Shape& s, const uint8_t* tile, float* w) {
 
 // Activations as [kTokens at a time][input][token], filled up with zeros: tokens of a wide layer lie a multiple of a
 // page apart, where they would drive each other out of the first cache.
-static inline int64_t float_scratch_bytes(const nomul_layout& l, int64_t tokens) {
-  return over(tokens, kTokens) * kTokens * l.inputs * (int64_t)sizeof(float);
+static inline int64_t float_scratch_bytes(int64_t inputs, int64_t tokens) {
+  return over(tokens, kTokens) * kTokens * inputs * (int64_t)sizeof(float);
 }
 
-static void pack_tokens(const nomul_layout& l, const float* x, int64_t tokens, float* out) {
+static void pack_tokens(int64_t inputs, const float* x, int64_t tokens, float* out) {
   for (int64_t first = 0; first < tokens; first += kTokens)
-    for (int64_t k = 0; k < l.inputs; k++, out += kTokens)
-      for (int t = 0; t < kTokens; t++) out[t] = first + t < tokens ? x[(first + t) * l.inputs + k] : 0.0f;
+    for (int64_t k = 0; k < inputs; k++, out += kTokens)
+      for (int t = 0; t < kTokens; t++) out[t] = first + t < tokens ? x[(first + t) * inputs + k] : 0.0f;
 }
 
 // Inputs whose products are added up before they are added to the rest, so that rounding grows slowly.
@@ -66,19 +66,27 @@ static void few_tokens(const float* w, const float* x, int64_t inputs, const flo
   }
 }
 
-static inline int64_t float_spare_bytes(const nomul_layout& l) { return l.inputs * kRows * (int64_t)sizeof(float); }
+static inline int64_t float_spare_bytes(int64_t inputs) { return inputs * kRows * (int64_t)sizeof(float); }
 
-static void float_rows(const nomul_job& job, float* spare) {
-  const Shape s = shape_of(job.layout);
+// columns(row, w): write 32 rows from `row` on as w [inputs][32].
+template <class Form, class Columns>
+static void float_rows(const nomul_job<Form>& job, float* spare, const Columns& columns) {
+  const int64_t inputs = job.form.inputs, rows = job.form.rows;
   for (int64_t row = job.first_row; row < job.last_row; row += kRows) {
-    const uint8_t* tile = job.weight + row / kRows * s.tile_bytes;
-    with_planes(s, [&](auto planes) { decode_columns<planes.value>(s, tile, spare); });
+    columns(row, spare);
     const int count = (int)(job.last_row - row < kRows ? job.last_row - row : kRows);
     const float* bias = job.bias ? job.bias + row : nullptr;
     for (int64_t t = 0; t < job.tokens; t += kTokens)
-      few_tokens(spare, (const float*)job.scratch + t * s.inputs, s.inputs, bias, count, job.tokens - t, s.rows,
-                 job.y + t * s.rows + row);
+      few_tokens(spare, (const float*)job.scratch + t * inputs, inputs, bias, count, job.tokens - t, rows,
+                 job.y + t * rows + row);
   }
+}
+
+static void float_tiled_rows(const nomul_job<nomul_layout>& job, float* spare) {
+  const Shape s = shape_of(job.form);
+  float_rows(job, spare, [&](int64_t row, float* w) {
+    with_planes(s, [&](auto planes) { decode_columns<planes.value>(s, job.weight + row / kRows * s.tile_bytes, w); });
+  });
 }
 
 }  // namespace NOMUL_NAMESPACE

@@ -25,6 +25,17 @@ static inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_l
 static inline Floats load_half(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
 }
+static inline __m256 wide_bfloat(const uint8_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline Floats load_bfloat(const uint8_t* p) { return {wide_bfloat(p), wide_bfloat(p + 16)}; }
+static inline float sum_of(Floats x) {
+  const __m256 whole = _mm256_add_ps(x.a, x.b);
+  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(whole), _mm256_extractf128_ps(whole, 1));
+  const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
 static inline Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 static inline Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 static inline Floats fma(Floats x, Floats y, Floats z) {

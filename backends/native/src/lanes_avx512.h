@@ -21,6 +21,11 @@ static inline Floats zeros() { return {_mm512_setzero_ps()}; }
 static inline Floats all(float x) { return {_mm512_set1_ps(x)}; }
 static inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
 static inline Floats load_half(const uint8_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+static inline Floats load_bfloat(const uint8_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+static inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x.v); }
 static inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

@@ -42,6 +42,19 @@ static inline Floats load_half(const uint8_t* p) {
   for (int i = 0; i < 16; i++) r.v[i] = half((uint16_t)(p[2 * i] | p[2 * i + 1] << 8));
   return r;
 }
+static inline Floats load_bfloat(const uint8_t* p) {
+  Floats r;
+  for (int i = 0; i < 16; i++) {
+    const uint32_t bits = (uint32_t)(p[2 * i] | p[2 * i + 1] << 8) << 16;
+    std::memcpy(&r.v[i], &bits, 4);
+  }
+  return r;
+}
+static inline float sum_of(Floats x) {
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; i++) x.v[i] += x.v[i + step];
+  return x.v[0];
+}
 static inline Floats operator+(Floats a, Floats b) {
   for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
   return a;

@@ -2,7 +2,7 @@
 #define NOMUL_NAMESPACE nomul_avx2
 #include "kernels.h"
 #include "lanes_avx2.h"
-#include "gemm.h"
+#include "dense.h"
 #include "hadamard.h"
 #include "rows.h"
 
@@ -57,6 +57,6 @@ constexpr int64_t kMany = 6;
 
 const nomul_kernels* nomul_avx2_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"avx2", scratch_bytes, prepare, spare_bytes, rows, hadamard, decode};
+  static const nomul_kernels k = {"avx2", {scratch_bytes, prepare, spare_bytes, rows}, kDense, hadamard, decode};
   return &k;
 }

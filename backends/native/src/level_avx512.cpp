@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 #include "lanes_avx512.h"
-#include "gemm.h"
+#include "dense.h"
 #include "hadamard.h"
 #include "rows.h"
 
@@ -198,21 +198,21 @@ static int64_t table_bytes(int32_t mode) {
 static bool many(int64_t tokens, int32_t mode) { return tokens >= (mode == NOMUL_EXACT ? 9 : 64); }
 
 static int64_t scratch_bytes(const nomul_layout& l, int64_t tokens, int32_t mode) {
-  return many(tokens, mode) ? float_scratch_bytes(l, tokens) : scratch_of(shape_of(l), table_bytes(mode)).token_bytes * tokens;
+  return many(tokens, mode) ? float_scratch_bytes(l.inputs, tokens) : scratch_of(shape_of(l), table_bytes(mode)).token_bytes * tokens;
 }
 
 static void prepare(const nomul_layout& l, int32_t mode, const float* x, int64_t tokens, void* scratch) {
-  if (many(tokens, mode)) return pack_tokens(l, x, tokens, (float*)scratch);
+  if (many(tokens, mode)) return pack_tokens(l.inputs, x, tokens, (float*)scratch);
   const auto make = mode == NOMUL_EXACT ? float_tables_16 : mode == NOMUL_8_BIT ? byte_tables : two_byte_tables;
   prepare_with(l, table_bytes(mode), x, tokens, scratch, make);
 }
 
 static int64_t spare_bytes(const nomul_layout& l, int64_t tokens, int32_t mode) {
-  return many(tokens, mode) ? float_spare_bytes(l) : 0;
+  return many(tokens, mode) ? float_spare_bytes(l.inputs) : 0;
 }
 
-static void rows(const nomul_job& job, void* spare) {
-  if (many(job.tokens, job.mode)) return float_rows(job, (float*)spare);
+static void rows(const nomul_job<nomul_layout>& job, void* spare) {
+  if (many(job.tokens, job.mode)) return float_tiled_rows(job, (float*)spare);
   if (job.mode == NOMUL_EXACT) rows_with<FloatSums>(job, table_bytes(job.mode));
   else if (job.mode == NOMUL_8_BIT) rows_with<ByteSums<false>>(job, table_bytes(job.mode));
   else rows_with<ByteSums<true>>(job, table_bytes(job.mode));
@@ -222,6 +222,6 @@ static void rows(const nomul_job& job, void* spare) {
 
 const nomul_kernels* nomul_avx512_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"avx512", scratch_bytes, prepare, spare_bytes, rows, hadamard, decode};
+  static const nomul_kernels k = {"avx512", {scratch_bytes, prepare, spare_bytes, rows}, kDense, hadamard, decode};
   return &k;
 }

@@ -2,7 +2,7 @@
 #define NOMUL_NAMESPACE nomul_portable
 #include "kernels.h"
 #include "lanes_portable.h"
-#include "gemm.h"
+#include "dense.h"
 #include "hadamard.h"
 #include "rows.h"
 
@@ -41,6 +41,6 @@ constexpr int64_t kMany = 9;
 
 const nomul_kernels* nomul_portable_kernels() {
   using namespace NOMUL_NAMESPACE;
-  static const nomul_kernels k = {"portable", scratch_bytes, prepare, spare_bytes, rows, hadamard, decode};
+  static const nomul_kernels k = {"portable", {scratch_bytes, prepare, spare_bytes, rows}, kDense, hadamard, decode};
   return &k;
 }

@@ -54,6 +54,22 @@ NOMUL_API int nomul_rows(const nomul_layout* layout, int32_t mode, const uint8_t
 NOMUL_API int nomul_linear(const nomul_layout* layout, int32_t mode, const uint8_t* weight, int64_t weight_bytes,
                            const float* bias, const float* x, int64_t tokens, float* y, int32_t threads);
 
+// The same three steps, and all at once, for a weight [rows, inputs] of 16-bit floats, row after row.
+enum { NOMUL_BFLOAT16 = 0, NOMUL_FLOAT16 = 1 };
+
+typedef struct {
+  int32_t kind;
+  int64_t rows, inputs;
+} nomul_dense;
+
+NOMUL_API int64_t nomul_dense_scratch_bytes(const nomul_dense* dense, int64_t tokens, int32_t mode);
+NOMUL_API int nomul_dense_prepare(const nomul_dense* dense, int32_t mode, const float* x, int64_t tokens, void* scratch);
+NOMUL_API int nomul_dense_rows(const nomul_dense* dense, int32_t mode, const uint8_t* weight, const float* bias,
+                               const float* x, const void* scratch, int64_t tokens, int64_t first_row, int64_t last_row,
+                               float* y);
+NOMUL_API int nomul_dense_linear(const nomul_dense* dense, int32_t mode, const uint8_t* weight, int64_t weight_bytes,
+                                 const float* bias, const float* x, int64_t tokens, float* y, int32_t threads);
+
 // Decode rows [first_row, last_row) to float [rows, inputs]; first_row is a multiple of 32.
 NOMUL_API int nomul_decode(const nomul_layout* layout, const uint8_t* weight, int64_t first_row, int64_t last_row,
                            float* out);

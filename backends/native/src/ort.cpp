@@ -55,7 +55,8 @@ OrtStatus* constant(Table api, const OrtKernelInfo* info, size_t index, const ch
     return s;
   if (!is_constant || !value) return failure(api, std::string(what) + " must be a constant of the model");
   if (OrtStatus* s = read(api, value, out)) return s;
-  if (out.type != type) return failure(api, std::string(what) + " has another element type than it must have");
+  if (type != ort::kAny && out.type != type)
+    return failure(api, std::string(what) + " has another element type than it must have");
   return nullptr;
 }
 
@@ -91,18 +92,34 @@ void* scratch_of(int64_t bytes) {
   return held.get();
 }
 
-// y = x W^T + bias with W in tile order: inputs x, weight, bias (optional).
-struct TiledLinear {
+// y = x W^T + bias: inputs x, weight, bias (optional). Form says how W is stored.
+template <class Form>
+struct Linear {
   Table api;
-  nomul_layout layout{};
+  const char* name;
+  Form form{};
   int64_t mode = NOMUL_14_BIT;
   const uint8_t* weight = nullptr;
 };
 
-OrtStatus* create_linear(const CustomOp*, Table api, const OrtKernelInfo* info, void** out) {
-  auto kernel = std::make_unique<TiledLinear>();
-  kernel->api = api;
-  nomul_layout& l = kernel->layout;
+// The functions of the C interface for a form.
+int64_t scratch_bytes(const nomul_layout& l, int64_t tokens, int64_t mode) {
+  return nomul_scratch_bytes(&l, tokens, (int32_t)mode);
+}
+int64_t scratch_bytes(const nomul_dense& d, int64_t tokens, int64_t mode) {
+  return nomul_dense_scratch_bytes(&d, tokens, (int32_t)mode);
+}
+int prepare(const nomul_layout& l, int64_t mode, const float* x, int64_t tokens, void* scratch) {
+  return nomul_prepare(&l, (int32_t)mode, x, tokens, scratch);
+}
+int prepare(const nomul_dense& d, int64_t mode, const float* x, int64_t tokens, void* scratch) {
+  return nomul_dense_prepare(&d, (int32_t)mode, x, tokens, scratch);
+}
+
+OrtStatus* create_tiled(const CustomOp*, Table api, const OrtKernelInfo* info, void** out) {
+  auto kernel = std::make_unique<Linear<nomul_layout>>();
+  kernel->api = api, kernel->name = "nomul::TiledLinear";
+  nomul_layout& l = kernel->form;
   struct {
     const char* name;
     int32_t* place;
@@ -117,7 +134,7 @@ OrtStatus* create_linear(const CustomOp*, Table api, const OrtKernelInfo* info, 
   if (OrtStatus* s = integer(api, info, "inputs", l.inputs)) return s;
   if (OrtStatus* s = integer(api, info, "mode", kernel->mode)) return s;
   const int64_t bytes = nomul_weight_bytes(&l);
-  if (bytes < 0 || nomul_scratch_bytes(&l, 1, (int32_t)kernel->mode) < 0) return failure(api, nomul_error());
+  if (bytes < 0 || scratch_bytes(l, 1, kernel->mode) < 0) return failure(api, nomul_error());
   Tensor weight;
   if (OrtStatus* s = constant(api, info, 1, "the weight", ort::kUint8, weight)) return s;
   if (weight.count != bytes)
@@ -128,12 +145,28 @@ OrtStatus* create_linear(const CustomOp*, Table api, const OrtKernelInfo* info, 
   return nullptr;
 }
 
+OrtStatus* create_dense(const CustomOp*, Table api, const OrtKernelInfo* info, void** out) {
+  auto kernel = std::make_unique<Linear<nomul_dense>>();
+  kernel->api = api, kernel->name = "nomul::DenseLinear";
+  if (OrtStatus* s = integer(api, info, "mode", kernel->mode)) return s;
+  Tensor weight;
+  if (OrtStatus* s = constant(api, info, 1, "the weight", ort::kAny, weight)) return s;
+  if ((weight.type != ort::kBfloat16 && weight.type != ort::kFloat16) || weight.dims.size() != 2)
+    return failure(api, "nomul::DenseLinear: the weight must be a matrix of bfloat16 or float16");
+  kernel->form = {weight.type == ort::kBfloat16 ? NOMUL_BFLOAT16 : NOMUL_FLOAT16, weight.dims[0], weight.dims[1]};
+  if (scratch_bytes(kernel->form, 1, kernel->mode) < 0) return failure(api, nomul_error());
+  kernel->weight = (const uint8_t*)weight.data;
+  *out = kernel.release();
+  return nullptr;
+}
+
 // Rows of a piece of work, tokens that are prepared at once, and the weights below which starting threads takes longer
 // than they save.
 constexpr int64_t kPiece = 128, kTokens = 512, kSmall = 1 << 18;
 
+template <class Form>
 struct Pieces {
-  const TiledLinear* kernel;
+  const Linear<Form>& kernel;
   const float *bias, *x;
   const void* scratch;
   int64_t tokens;
@@ -141,58 +174,64 @@ struct Pieces {
   std::atomic<int> failed;
 };
 
+int rows(const Pieces<nomul_layout>& p, int64_t first, int64_t last) {
+  const Linear<nomul_layout>& k = p.kernel;
+  return nomul_rows(&k.form, (int32_t)k.mode, k.weight, p.bias, p.x, p.scratch, p.tokens, first, last, p.y);
+}
+int rows(const Pieces<nomul_dense>& p, int64_t first, int64_t last) {
+  const Linear<nomul_dense>& k = p.kernel;
+  return nomul_dense_rows(&k.form, (int32_t)k.mode, k.weight, p.bias, p.x, p.scratch, p.tokens, first, last, p.y);
+}
+
+template <class Form>
 void one_piece(void* user, size_t index) {
-  Pieces& p = *(Pieces*)user;
-  const nomul_layout& l = p.kernel->layout;
-  const int64_t first = (int64_t)index * kPiece, last = std::min(l.rows, first + kPiece);
-  if (const int code = nomul_rows(&l, (int32_t)p.kernel->mode, p.kernel->weight, p.bias, p.x, p.scratch, p.tokens, first,
-                                  last, p.y))
-    p.failed = code;
+  Pieces<Form>& p = *(Pieces<Form>*)user;
+  const int64_t first = (int64_t)index * kPiece;
+  if (const int code = rows(p, first, std::min(p.kernel.form.rows, first + kPiece))) p.failed = code;
 }
 
 // Compute y [tokens, rows] of at most kTokens tokens on the runtime's threads.
-OrtStatus* some_tokens(const TiledLinear& k, OrtKernelContext* context, const float* bias, const float* x,
+template <class Form>
+OrtStatus* some_tokens(const Linear<Form>& k, OrtKernelContext* context, const float* bias, const float* x,
                        int64_t tokens, float* y) {
-  const nomul_layout& l = k.layout;
-  void* scratch = scratch_of(nomul_scratch_bytes(&l, tokens, (int32_t)k.mode));
-  if (!scratch) return failure(k.api, "nomul::TiledLinear: there is no memory for the tables", ort::kFail);
-  if (nomul_prepare(&l, (int32_t)k.mode, x, tokens, scratch)) return failure(k.api, nomul_error());
-  Pieces pieces = {&k, bias, x, scratch, tokens, y, {0}};
-  const size_t count = (size_t)((l.rows + kPiece - 1) / kPiece);
-  if (count == 1 || l.rows * l.inputs * tokens < kSmall) {
-    for (size_t i = 0; i < count; i++) one_piece(&pieces, i);
+  void* scratch = scratch_of(scratch_bytes(k.form, tokens, k.mode));
+  if (!scratch) return failure(k.api, std::string(k.name) + ": there is no memory for the tables", ort::kFail);
+  if (prepare(k.form, k.mode, x, tokens, scratch)) return failure(k.api, nomul_error());
+  Pieces<Form> pieces = {k, bias, x, scratch, tokens, y, {0}};
+  const size_t count = (size_t)((k.form.rows + kPiece - 1) / kPiece);
+  if (count == 1 || k.form.rows * k.form.inputs * tokens < kSmall) {
+    for (size_t i = 0; i < count; i++) one_piece<Form>(&pieces, i);
   } else if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_ParallelFor, (const OrtKernelContext*)context,
-                                             &one_piece, count, (size_t)0, (void*)&pieces)) {
+                                             &one_piece<Form>, count, (size_t)0, (void*)&pieces)) {
     return s;
   }
-  if (pieces.failed) return failure(k.api, "nomul::TiledLinear: a thread has no memory of its own", ort::kFail);
-  return nullptr;
+  return pieces.failed ? failure(k.api, std::string(k.name) + ": a thread has no memory of its own", ort::kFail) : nullptr;
 }
 
+template <class Form>
 OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
-  const TiledLinear& k = *(const TiledLinear*)self;
-  const nomul_layout& l = k.layout;
+  const Linear<Form>& k = *(const Linear<Form>*)self;
+  const std::string name = k.name;
   Tensor x, bias;
   if (OrtStatus* s = input(k.api, context, 0, x)) return s;
-  if (x.dims.empty() || x.dims.back() != l.inputs)
-    return failure(k.api, "nomul::TiledLinear: the last dim of the activations must be " + std::to_string(l.inputs));
+  if (x.dims.empty() || x.dims.back() != k.form.inputs)
+    return failure(k.api, name + ": the last dim of the activations must be " + std::to_string(k.form.inputs));
   size_t inputs = 0;
   if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_GetInputCount, (const OrtKernelContext*)context, &inputs))
     return s;
   if (inputs > 2)
     if (OrtStatus* s = input(k.api, context, 2, bias)) return s;
-  if (bias.data && bias.count != l.rows)
-    return failure(k.api, "nomul::TiledLinear: the bias must have " + std::to_string(l.rows) + " values");
-  const int64_t tokens = x.count / l.inputs;
+  if (bias.data && bias.count != k.form.rows)
+    return failure(k.api, name + ": the bias must have " + std::to_string(k.form.rows) + " values");
+  const int64_t tokens = x.count / k.form.inputs;
   std::vector<int64_t> dims = x.dims;
-  dims.back() = l.rows;
+  dims.back() = k.form.rows;
   float* y = nullptr;
   if (OrtStatus* s = output(k.api, context, 0, dims, &y)) return s;
   for (int64_t t = 0; t < tokens; t += kTokens) {
+    const float* from = (const float*)x.data + t * k.form.inputs;
     const int64_t count = std::min(kTokens, tokens - t);
-    if (OrtStatus* s = some_tokens(k, context, (const float*)bias.data, (const float*)x.data + t * l.inputs, count,
-                                   y + t * l.rows))
-      return s;
+    if (OrtStatus* s = some_tokens(k, context, (const float*)bias.data, from, count, y + t * k.form.rows)) return s;
   }
   return nullptr;
 }
@@ -239,15 +278,29 @@ OrtStatus* compute_hadamard(void* self, OrtKernelContext* context) {
   return nullptr;
 }
 
+template <class Form>
 CustomOp make_linear() {
   CustomOp op;
-  op.name = [](const CustomOp*) { return "TiledLinear"; };
-  op.input_type = [](const CustomOp*, size_t i) -> int { return i == 1 ? ort::kUint8 : ort::kFloat; };
   op.input_count = [](const CustomOp*) -> size_t { return 3; };
   op.input_presence = [](const CustomOp*, size_t i) -> int { return i == 2 ? ort::kOptional : ort::kRequired; };
-  op.create_checked = create_linear;
-  op.compute_checked = compute_linear;
-  op.destroy = [](void* kernel) { delete (TiledLinear*)kernel; };
+  op.compute_checked = compute_linear<Form>;
+  op.destroy = [](void* kernel) { delete (Linear<Form>*)kernel; };
+  return op;
+}
+
+CustomOp make_tiled() {
+  CustomOp op = make_linear<nomul_layout>();
+  op.name = [](const CustomOp*) { return "TiledLinear"; };
+  op.input_type = [](const CustomOp*, size_t i) -> int { return i == 1 ? ort::kUint8 : ort::kFloat; };
+  op.create_checked = create_tiled;
+  return op;
+}
+
+CustomOp make_dense() {
+  CustomOp op = make_linear<nomul_dense>();
+  op.name = [](const CustomOp*) { return "DenseLinear"; };
+  op.input_type = [](const CustomOp*, size_t i) -> int { return i == 1 ? ort::kAny : ort::kFloat; };
+  op.create_checked = create_dense;
   return op;
 }
 
@@ -284,13 +337,14 @@ extern "C" NOMUL_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, co
     const Table old = base->get_api(1);
     return old ? failure(old, "nomul needs ONNX Runtime 1.17 or newer", ort::kFail) : nullptr;
   }
-  static const CustomOp linear = completed(make_linear()), hadamard = completed(make_hadamard());
+  static const CustomOp ops[] = {completed(make_tiled()), completed(make_dense()), completed(make_hadamard())};
   // One domain serves all sessions of a process: the runtime keeps a pointer to it.
   static OrtCustomOpDomain* domain = nullptr;
   static OrtStatus* refused = [&]() -> OrtStatus* {
     if (OrtStatus* s = call<OrtStatus*>(api, ort::CreateCustomOpDomain, "nomul", &domain)) return s;
-    if (OrtStatus* s = call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &linear)) return s;
-    return call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &hadamard);
+    for (const CustomOp& op : ops)
+      if (OrtStatus* s = call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &op)) return s;
+    return nullptr;
   }();
   return refused ? refused : call<OrtStatus*>(api, ort::AddCustomOpDomain, options, domain);
 }

@@ -9,7 +9,7 @@ namespace NOMUL_NAMESPACE {
 
 // A job with what follows from it.
 struct Run {
-  const nomul_job& job;
+  const nomul_job<nomul_layout>& job;
   const Shape shape;
   const Scratch scratch;
 };
@@ -85,7 +85,7 @@ static void few_rows(const Run& run, int64_t tile, int half, int64_t token) {
 template <class Sums, int P>
 static void all_rows(const Run& run) {
   constexpr int kTogether = P <= 3 ? 4 : P <= 6 ? 2 : 1, kBoth = P <= 6 ? 2 : 1;
-  const nomul_job& job = run.job;
+  const nomul_job<nomul_layout>& job = run.job;
   for (int64_t tile = job.first_row / kRows; tile < over(job.last_row, kRows); tile++) {
     int64_t token = 0;
     for (; kTogether > 1 && token + kTogether <= job.tokens; token += kTogether)
@@ -96,8 +96,8 @@ static void all_rows(const Run& run) {
 }
 
 template <class Sums>
-static void rows_with(const nomul_job& job, int64_t table_bytes) {
-  const Shape s = shape_of(job.layout);
+static void rows_with(const nomul_job<nomul_layout>& job, int64_t table_bytes) {
+  const Shape s = shape_of(job.form);
   const Run run = {job, s, scratch_of(s, table_bytes)};
   with_planes(s, [&](auto planes) { all_rows<Sums, planes.value>(run); });
 }

@@ -1,0 +1,111 @@
+// Weights of 16-bit floats, row after row: few tokens by one pass over the rows, many by columns.
+#pragma once
+
+#include <cstring>
+
+#include "gemm.h"
+
+namespace NOMUL_NAMESPACE {
+
+template <int Kind>
+static inline Floats load_wide(const uint8_t* p) {
+  if constexpr (Kind == NOMUL_FLOAT16) return load_half(p);
+  else return load_bfloat(p);
+}
+
+// `count` of 16 floats, the others zero.
+template <int Kind>
+static inline Floats load_some_wide(const uint8_t* p, int count) {
+  alignas(64) uint8_t whole[2 * kLanes] = {};
+  std::memcpy(whole, p, 2 * count);
+  return load_wide<Kind>(whole);
+}
+
+// y[m, r] = x[m] . w[r] + bias[r] for R rows that follow each other and M tokens.
+template <int Kind, int R, int M>
+static void dot_rows(const nomul_job<nomul_dense>& job, int64_t row, int64_t token) {
+  const int64_t inputs = job.form.inputs;
+  const uint8_t* w = job.weight + row * inputs * 2;
+  const float* x = job.x + token * inputs;
+  Floats sum[R][M];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sum[r][m] = zeros();
+  const auto add = [&](const auto& weights, const auto& activations) {
+    Floats a[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) a[m] = activations(x + m * inputs);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Floats v = weights(w + r * inputs * 2);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) sum[r][m] = fma(v, a[m], sum[r][m]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= inputs; k += kLanes)
+    add([&](const uint8_t* p) { return load_wide<Kind>(p + 2 * k); }, [&](const float* p) { return load(p + k); });
+  if (const int left = (int)(inputs - k))
+    add([&](const uint8_t* p) { return load_some_wide<Kind>(p + 2 * k, left); },
+        [&](const float* p) { return load_some(p + k, left); });
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++)
+      job.y[(token + m) * job.form.rows + row + r] = sum_of(sum[r][m]) + (job.bias ? job.bias[row + r] : 0.0f);
+}
+
+template <int Kind, int R>
+static void dot_tokens(const nomul_job<nomul_dense>& job, int64_t row) {
+  int64_t token = 0;
+  for (; token + 3 <= job.tokens; token += 3) dot_rows<Kind, R, 3>(job, row, token);
+  for (; token < job.tokens; token++) dot_rows<Kind, R, 1>(job, row, token);
+}
+
+template <int Kind>
+static void few_dense_rows(const nomul_job<nomul_dense>& job) {
+  int64_t row = job.first_row;
+  for (; row + 4 <= job.last_row; row += 4) dot_tokens<Kind, 4>(job, row);
+  for (; row < job.last_row; row++) dot_tokens<Kind, 1>(job, row);
+}
+
+template <int Kind>
+static void dense_columns(const nomul_job<nomul_dense>& job, int64_t row, float* w) {
+  const int64_t inputs = job.form.inputs, rows = job.last_row - row < kRows ? job.last_row - row : kRows;
+  for (int64_t r = 0; r < kRows; r++)
+    for (int64_t k = 0; k < inputs; k += kLanes) {
+      const int count = (int)(inputs - k < kLanes ? inputs - k : kLanes);
+      alignas(64) float values[kLanes];
+      store(values, r < rows ? load_some_wide<Kind>(job.weight + ((row + r) * inputs + k) * 2, count) : zeros(), kLanes);
+      for (int i = 0; i < count; i++) w[(k + i) * kRows + r] = values[i];
+    }
+}
+
+// Tokens from which turning rows into columns is faster.
+constexpr int64_t kManyDense = 9;
+
+static int64_t dense_scratch_bytes(const nomul_dense& d, int64_t tokens, int32_t) {
+  return tokens < kManyDense ? 0 : float_scratch_bytes(d.inputs, tokens);
+}
+
+static void dense_prepare(const nomul_dense& d, int32_t, const float* x, int64_t tokens, void* scratch) {
+  if (tokens >= kManyDense) pack_tokens(d.inputs, x, tokens, (float*)scratch);
+}
+
+static int64_t dense_spare_bytes(const nomul_dense& d, int64_t tokens, int32_t) {
+  return tokens < kManyDense ? 0 : float_spare_bytes(d.inputs);
+}
+
+template <int Kind>
+static void dense_rows_of(const nomul_job<nomul_dense>& job, void* spare) {
+  if (job.tokens < kManyDense) few_dense_rows<Kind>(job);
+  else float_rows(job, (float*)spare, [&](int64_t row, float* w) { dense_columns<Kind>(job, row, w); });
+}
+
+static void dense_rows(const nomul_job<nomul_dense>& job, void* spare) {
+  if (job.form.kind == NOMUL_FLOAT16) dense_rows_of<NOMUL_FLOAT16>(job, spare);
+  else dense_rows_of<NOMUL_BFLOAT16>(job, spare);
+}
+
+constexpr nomul_product<nomul_dense> kDense = {dense_scratch_bytes, dense_prepare, dense_spare_bytes, dense_rows};
+
+}  // namespace NOMUL_NAMESPACE
