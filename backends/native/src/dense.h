@@ -16,6 +16,7 @@ static inline Floats load_wide(const uint8_t* p) {
 // `count` of 16 floats, the others zero.
 template <int Kind>
 static inline Floats load_some_wide(const uint8_t* p, int count) {
+  if (count == kLanes) return load_wide<Kind>(p);
   alignas(64) uint8_t whole[2 * kLanes] = {};
   std::memcpy(whole, p, 2 * count);
   return load_wide<Kind>(whole);
@@ -32,18 +33,20 @@ static void dot_rows(const nomul_job<nomul_dense>& job, int64_t row, int64_t tok
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) sum[r][m] = zeros();
+  int64_t k = 0;
   const auto add = [&](const auto& weights, const auto& activations) {
     Floats a[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) a[m] = activations(x + m * inputs);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
+      // The rows that come next: the CPU sees each of them as a stream too short to follow.
+      prefetch(w + (r + R) * inputs * 2 + 2 * k);
       const Floats v = weights(w + r * inputs * 2);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) sum[r][m] = fma(v, a[m], sum[r][m]);
     }
   };
-  int64_t k = 0;
   for (; k + kLanes <= inputs; k += kLanes)
     add([&](const uint8_t* p) { return load_wide<Kind>(p + 2 * k); }, [&](const float* p) { return load(p + k); });
   if (const int left = (int)(inputs - k))
@@ -70,18 +73,22 @@ static void few_dense_rows(const nomul_job<nomul_dense>& job) {
 
 template <int Kind>
 static void dense_columns(const nomul_job<nomul_dense>& job, int64_t row, float* w) {
-  const int64_t inputs = job.form.inputs, rows = job.last_row - row < kRows ? job.last_row - row : kRows;
-  for (int64_t r = 0; r < kRows; r++)
+  const int64_t inputs = job.form.inputs, rows = job.last_row - row;
+  for (int64_t first = 0; first < kRows; first += kLanes)
     for (int64_t k = 0; k < inputs; k += kLanes) {
       const int count = (int)(inputs - k < kLanes ? inputs - k : kLanes);
-      alignas(64) float values[kLanes];
-      store(values, r < rows ? load_some_wide<Kind>(job.weight + ((row + r) * inputs + k) * 2, count) : zeros(), kLanes);
-      for (int i = 0; i < count; i++) w[(k + i) * kRows + r] = values[i];
+      alignas(64) float block[kLanes][kLanes];
+      for (int r = 0; r < kLanes; r++) {
+        const uint8_t* from = job.weight + ((row + first + r) * inputs + k) * 2;
+        store(block[r], first + r < rows ? load_some_wide<Kind>(from, count) : zeros(), kLanes);
+      }
+      for (int i = 0; i < count; i++)
+        for (int r = 0; r < kLanes; r++) w[(k + i) * kRows + first + r] = block[r][i];
     }
 }
 
 // Tokens from which turning rows into columns is faster.
-constexpr int64_t kManyDense = 9;
+constexpr int64_t kManyDense = 25;
 
 static int64_t dense_scratch_bytes(const nomul_dense& d, int64_t tokens, int32_t) {
   return tokens < kManyDense ? 0 : float_scratch_bytes(d.inputs, tokens);
