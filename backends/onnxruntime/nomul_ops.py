@@ -13,6 +13,13 @@ from backends.native.build import built_library
 from backends.native.layout import layout_of, pack, refuses
 from backends.native.library import MODES
 from backends.onnxruntime.emitter import Emitter, Entry, Refused, Result
+from backends.onnxruntime.twins import (
+    DOMAIN,
+    linear_function,
+    linear_overload,
+    rotation_function,
+    rotation_overload,
+)
 from ir.ops.hadamard import hadamard_factors
 from ir.ops.nested import NestedCodes
 from ir.ops.packing import unpack_bits
@@ -20,7 +27,7 @@ from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.program import Program, tensor_type_of
 
-DOMAIN, VERSION = "nomul", 1
+VERSION = 1
 nomul = torch.ops.nomul
 
 
@@ -59,10 +66,13 @@ def _tiled(
         raise Refused(no.reason)
     layout = layout_of(codes)
     e.domain(DOMAIN, VERSION)
-    name = f"{e.program.params.resolve(str(stored.target))}.tiles"
-    weight = e.initializer(name, (layout.weight_bytes,), torch.uint8, lambda: pack(codes).data)
+    name, shape = f"{e.program.params.resolve(str(stored.target))}.tiles", (layout.tiles, layout.tile_bytes)
+    weight = e.initializer(name, shape, torch.uint8, lambda: pack(codes).data.view(shape))
     inputs = [e.value(x), weight, None if bias is None else e.value(bias)]
-    return e.add("TiledLinear", *inputs, domain=DOMAIN, mode=MODES[e.mode], **layout.attributes())
+    overload = linear_overload(layout, bias is not None)
+    if not e.has_function(DOMAIN, "TiledLinear", overload):
+        e.function(linear_function(layout, bias is not None, e.opset))
+    return e.add("TiledLinear", *inputs, domain=DOMAIN, overload=overload, mode=MODES[e.mode], **layout.attributes())
 
 
 def _hadamard(e: Emitter, node: fx.Node) -> Result:
@@ -73,7 +83,11 @@ def _hadamard(e: Emitter, node: fx.Node) -> Result:
     diagonal = unpack_bits(_present(e, signs), 1, _inputs(x)).float() * 2 - 1
     factors = [(f if transposed else f.T).float().contiguous() for f in hadamard_factors(order)]
     constants = [e.constant(t) for t in (diagonal, *factors)]
-    return e.add("Hadamard", e.value(x), *constants, domain=DOMAIN, transposed=int(transposed))
+    sizes = tuple(f.shape[0] for f in factors)
+    overload = rotation_overload(_inputs(x), sizes, transposed)
+    if not e.has_function(DOMAIN, "Hadamard", overload):
+        e.function(rotation_function(_inputs(x), sizes, transposed, e.opset))
+    return e.add("Hadamard", e.value(x), *constants, domain=DOMAIN, overload=overload, transposed=int(transposed))
 
 
 def _inputs(x: fx.Node) -> int:
