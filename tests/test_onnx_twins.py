@@ -15,6 +15,7 @@ from torch import Tensor
 from backends.native.build import built_library
 from backends.native.layout import Layout, pack
 from backends.onnxruntime import OnnxRuntime, SessionOptions
+from backends.onnxruntime.dtypes import onnx_dtype
 from backends.onnxruntime.lowering import MODEL_FILE, emit_program, node_counts, write_model
 from backends.onnxruntime.twins import linear_function, rotation_function
 from backends.reference.runtime import ReferenceRuntime
@@ -30,12 +31,12 @@ from tests.test_onnx_compressed import PIPELINES, compressed
 
 def twin_session(function: onnx_ir.Function, constants: list[Tensor], outputs: int) -> onnxruntime.InferenceSession:
     """Return a session without the library that runs one node by its function; constants: its inputs but the first."""
-    kinds = {torch.uint8: onnx_ir.DataType.UINT8, torch.float32: onnx_ir.DataType.FLOAT}
+
     x = onnx_ir.Value(name="x", type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT), shape=onnx_ir.Shape(("b", "t", None)))
     stored = [
         onnx_ir.Value(
             name=f"c{i}",
-            type=onnx_ir.TensorType(kinds[t.dtype]),
+            type=onnx_ir.TensorType(onnx_dtype(t.dtype)),
             shape=onnx_ir.Shape(t.shape),
             const_value=onnx_ir.tensor(t.numpy(), name=f"c{i}"),
         )

@@ -26,6 +26,7 @@ or a `torch.Tensor` for a result that turned out to be constant. What the emitte
     e.function(f)             adds a model-local function (`onnx_ir.Function`); its domain must be declared
     e.has_function(domain, name, overload)
                               whether it is there already
+    e.detour(runs_by, reason) says that this call is not run by the kernel that was asked for
     e.opset, e.fuse, e.mode   the version of the standard operators; whether fused ones may be used; how the kernels
                               of compressed linears take activations (`backends.native.library.MODES`)
 
@@ -35,12 +36,14 @@ before every node of the program has been emitted.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from backends.detours import Detour
 from backends.native.library import DEFAULT_MODE
 from backends.onnxruntime.dtypes import onnx_dtype
 from backends.onnxruntime.names import dim_name, input_name, output_name, same_dim
@@ -54,6 +57,8 @@ Entry = Callable[["Emitter", fx.Node], Result]
 Table = Mapping[Any, Entry]
 
 CONTRIB = "com.microsoft"
+# Where the model's metadata keeps what `Emitter.detour` recorded, as JSON.
+DETOURS = "nomul.detours"
 IR_VERSION = 10
 # Below this a constant is computed while emitting: gains, tables of positions.
 FOLD_BYTES = 1 << 20
@@ -78,6 +83,7 @@ class Emitter:
         self._constants: dict[Any, Any] = {}
         self._nodes: list[Any] = []
         self._functions: dict[tuple[str, str, str], Any] = {}
+        self._detours: list[Detour] = []
         self._domains: dict[str, int] = {"": opset}
         self._names = {output_name(index) for index in range(len(program.outputs))}
         self._named: dict[fx.Node, Any] = {}
@@ -213,6 +219,12 @@ class Emitter:
         """Return whether a model-local function has been added."""
         return (domain, name, overload) in self._functions
 
+    def detour(self, runs_by: str, reason: str) -> None:
+        """Record that the current call is run by something else than the kernel that was asked for, and why."""
+        assert self._current is not None
+        site = self._current.meta.get(PATH) or self._current.name
+        self._detours.append(Detour(str(site), runs_by, reason))
+
     def cast(self, value: Any, dtype: torch.dtype, was: torch.dtype | None = None) -> Any:
         """Return a value cast to a dtype, or itself when it `was` of that one."""
         return value if was == dtype else self.add("Cast", value, to=int(onnx_dtype(dtype)))
@@ -262,8 +274,18 @@ class Emitter:
             opset_imports=self._domains,
             name=self.program.name,
         )
-        functions = list(self._functions.values())
-        return self._ir.Model(graph, ir_version=IR_VERSION, producer_name="nomul", functions=functions)
+        return self._ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="nomul",
+            functions=list(self._functions.values()),
+            metadata_props=self._facts(),
+        )
+
+    def _facts(self) -> dict[str, str]:
+        """Return what the file says about itself: the mode of its kernels, and the sites that they do not run."""
+        sites = [one.as_json() for one in self._detours]
+        return {"nomul.mode": self.mode, DETOURS: json.dumps(sites)}
 
     def _result(self, arg: fx.Node) -> Result:
         if arg.op == "get_attr":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, fx
 from backends.native.build import built_library
 from backends.native.layout import layout_of, pack, refuses
 from backends.native.library import MODES
+from backends.onnxruntime.coded import NAME as CODED
+from backends.onnxruntime.coded import coded_function, coding_of
 from backends.onnxruntime.emitter import Emitter, Entry, Refused, Result
 from backends.onnxruntime.twins import (
     DOMAIN,
@@ -63,7 +66,9 @@ def _tiled(
     if tensor_type_of(x).dtype != torch.float32:
         raise Refused(f"the kernels take float32 activations, and these are {tensor_type_of(x).dtype}")
     if (no := refuses(codes)) is not None:
-        raise Refused(no.reason)
+        assert isinstance(codes, ShiftCodes)
+        e.detour("standard operators", no.reason)
+        return _by_standard_operators(e, codes, x, stored, bias)
     layout = layout_of(codes)
     e.domain(DOMAIN, VERSION)
     name, shape = f"{e.program.params.resolve(str(stored.target))}.tiles", (layout.tiles, layout.tile_bytes)
@@ -73,6 +78,25 @@ def _tiled(
     if not e.has_function(DOMAIN, "TiledLinear", overload):
         e.function(linear_function(layout, bias is not None, e.opset))
     return e.add("TiledLinear", *inputs, domain=DOMAIN, overload=overload, mode=MODES[e.mode], **layout.attributes())
+
+
+def _by_standard_operators(e: Emitter, codes: ShiftCodes, x: fx.Node, stored: fx.Node, bias: fx.Node | None) -> Result:
+    """Return x W^T + bias by a function that reads W as it is stored."""
+    e.domain(DOMAIN, VERSION)
+    coding, name = coding_of(codes), f"{e.program.params.resolve(str(stored.target))}.{codes.planes}"
+    inputs = [e.value(x)]
+    for part, tensor in codes.tensors().items():
+        inputs.append(e.initializer(f"{name}.{part}", tuple(tensor.shape), tensor.dtype, partial(_itself, tensor)))
+    if bias is not None:
+        inputs.append(e.value(bias))
+    overload = coding.overload(bias is not None)
+    if not e.has_function(DOMAIN, CODED, overload):
+        e.function(coded_function(coding, bias is not None, e.opset))
+    return e.add(CODED, *inputs, domain=DOMAIN, overload=overload)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _hadamard(e: Emitter, node: fx.Node) -> Result:
