@@ -29,6 +29,7 @@ or a `torch.Tensor` for a result that turned out to be constant. What the emitte
     e.detour(runs_by, reason) says that this call is not run by the kernel that was asked for
     e.opset, e.fuse, e.mode   the version of the standard operators; whether fused ones may be used; how the kernels
                               of compressed linears take activations (`backends.native.library.MODES`)
+    e.uniform, e.accuracy     who runs uniform codes, `own` or `contrib`; the accuracy level of `MatMulNBits`
 
 `raise Refused(reason)` says that this call cannot be emitted. Entries only build objects in memory: nothing is written
 before every node of the program has been emitted.
@@ -38,7 +39,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -55,6 +56,7 @@ from ir.types import ScalarType, TensorType
 Result = Any
 Entry = Callable[["Emitter", fx.Node], Result]
 Table = Mapping[Any, Entry]
+Uniform = Literal["own", "contrib"]
 
 CONTRIB = "com.microsoft"
 # Where the model's metadata keeps what `Emitter.detour` recorded, as JSON.
@@ -73,9 +75,17 @@ class Emitter:
     """Builds the ONNX graph of one program; see the module's text for what entries may use."""
 
     def __init__(
-        self, program: Program, table: Table, opset: int = 23, fuse: bool = True, mode: str = DEFAULT_MODE
+        self,
+        program: Program,
+        table: Table,
+        opset: int = 23,
+        fuse: bool = True,
+        mode: str = DEFAULT_MODE,
+        uniform: Uniform = "own",
+        accuracy: int = 4,
     ) -> None:
         self.program, self.opset, self.fuse, self.mode = program, opset, fuse, mode
+        self.uniform, self.accuracy = uniform, accuracy
         self._table, self._ir = table, package("onnx_ir")
         self._values: dict[fx.Node, Result] = {}
         self._made: dict[Any, tuple[Any, ...]] = {}
@@ -283,9 +293,11 @@ class Emitter:
         )
 
     def _facts(self) -> dict[str, str]:
-        """Return what the file says about itself: the mode of its kernels, and the sites that they do not run."""
-        sites = [one.as_json() for one in self._detours]
-        return {"nomul.mode": self.mode, DETOURS: json.dumps(sites)}
+        """Return what the file says about itself: how linears are run, and the sites that are run otherwise."""
+        facts = {"nomul.mode": self.mode, "nomul.uniform": self.uniform}
+        if self.uniform == "contrib":
+            facts["nomul.accuracy_level"] = str(self.accuracy)
+        return facts | {DETOURS: json.dumps([one.as_json() for one in self._detours])}
 
     def _result(self, arg: fx.Node) -> Result:
         if arg.op == "get_attr":

@@ -15,6 +15,7 @@ from backends.native.layout import layout_of, pack, refuses
 from backends.native.library import MODES
 from backends.onnxruntime.coded import NAME as CODED
 from backends.onnxruntime.coded import coded_function, coding_of
+from backends.onnxruntime.contrib import add_contrib, refuses_contrib
 from backends.onnxruntime.emitter import Emitter, Entry, Refused, Result
 from backends.onnxruntime.twins import (
     DOMAIN,
@@ -56,7 +57,13 @@ def _nested(e: Emitter, node: fx.Node) -> Result:
 def _quant(e: Emitter, node: fx.Node) -> Result:
     x, codes, scales, zeros, bias, bits, group = e.args(node)
     parts = _present(e, codes), _present(e, scales), _stored(e, zeros)
-    return _tiled(e, node, QuantCodes(*parts, bits, group, _inputs(x)), x, codes, bias)
+    weight = QuantCodes(*parts, bits, group, _inputs(x))
+    if e.uniform == "contrib":
+        no = refuses_contrib(weight)
+        if no is None:
+            return add_contrib(e, weight, e.value(x), e.program.params.resolve(str(codes.target)), bias)
+        e.detour("the kernel of nomul", no.reason)
+    return _tiled(e, node, weight, x, codes, bias)
 
 
 def _tiled(
