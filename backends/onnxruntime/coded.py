@@ -172,7 +172,7 @@ def _numbers(b: Body, stored: Any, sizes: list[int], power: Any | None, column: 
     groups, sets, count = sizes
     if power is None:
         return b.add("Reshape", b.cast(stored, torch.float32), b.vector([-1, groups, sets]))
-    pairs = values.nibbles(b, b.cast(stored, torch.int32), 2)
+    pairs = values.nibbles(b, b.cast(stored, torch.int32))
     flat = b.cut(b.add("Reshape", pairs, b.vector([0, -1])), 0, groups * sets * count, 1)
     each = b.add("Reshape", flat, b.vector([-1, groups, sets, count]))
     terms = [b.take(each, i, 3) for i in range(count)]

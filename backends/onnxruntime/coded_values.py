@@ -42,11 +42,9 @@ def bits(b: Body, stored: Any) -> Any:
     return b.look_up((_BYTES[:, None] >> torch.arange(8) & 1).float(), stored)
 
 
-def nibbles(b: Body, stored: Any, axis: int) -> Any:
-    """Return the two nibbles of bytes int32, the low one first, on a new axis."""
-    sixteen = b.constant(torch.tensor(16, dtype=torch.int32))
-    parts = [b.add("Unsqueeze", b.add(op, stored, sixteen), [axis]) for op in ("Mod", "Div")]
-    return b.add("Concat", *parts, axis=axis)
+def nibbles(b: Body, stored: Any) -> Any:
+    """Return the two nibbles of bytes int32 [...], the low one first, int32 [..., 2]."""
+    return b.look_up(torch.stack([_BYTES & 15, _BYTES >> 4], 1).int(), stored)
 
 
 def powers(b: Body, stored: Any) -> Any:

@@ -46,7 +46,7 @@ def linear_function(layout: Layout, bias: bool, opset: int) -> Any:
     flat = b.add("Reshape", tiles, b.vector([layout.tiles * _ROWS, -1]))
     y = result_of(b, b.cut(flat, 0, layout.rows, 0), x, given, layout.rows)
     names = ("mode", *layout.attributes())
-    doc = "x W^T + bias with W in tile order, decoded by standard operators."
+    doc = "x W^T + bias with W in tile order, decoded by standard operators; activations stay float in every mode."
     return b.function(DOMAIN, "TiledLinear", linear_overload(layout, bias), y, names, doc)
 
 
@@ -100,7 +100,8 @@ def _coded(b: Body, records: Any, layout: Layout) -> tuple[Any, Any | None]:
     numbers = layout.sets + (layout.offset == OFFSET)
     vectors = (numbers * layout.terms + 1) // 2
     pairs = b.cut(records, 0, vectors * _LANES, 2)
-    apart = values.nibbles(b, b.add("Reshape", pairs, b.vector([0, 0, vectors, _LANES])), 3)
+    apart = values.nibbles(b, b.add("Reshape", pairs, b.vector([0, 0, vectors, _LANES])))
+    apart = b.add("Transpose", apart, perm=[0, 1, 2, 4, 3])
     flat = b.cut(b.add("Reshape", apart, b.vector([0, 0, 2 * vectors, _LANES])), 0, numbers * layout.terms, 2)
     each = b.add("Reshape", flat, b.vector([layout.groups, _HALVES, numbers, layout.terms, _LANES]))
     terms = [b.add("Transpose", b.take(each, i, 3), perm=[0, 2, 1, 3]) for i in range(layout.terms)]
