@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, fx
 
+from backends.detours import Detour
 from backends.generation import Generation, Sampling, generate
 from backends.interface import Interface, interface_of
 from backends.tokenizer import end_tokens, folder_tokenizer
@@ -104,7 +105,7 @@ class Runtime(ABC):
 
 @dataclass(frozen=True)
 class Backend(ABC):
-    """A way to run programs: an operator table, a packer and a runtime.
+    """A way to run programs: an operator table, a packer and a runtime; its fields are its settings.
 
     name: as written after `--target`; level: the operators that it runs (`ir.levels`).
     """
@@ -117,12 +118,19 @@ class Backend(ABC):
         """Return why this call cannot be run, or None when it can; asked for calls that `level` allows as well."""
 
     @abstractmethod
-    def lower(self, program: Program, folder: Path) -> None:
-        """Write what the runtime needs beside `program.ir` and weights; raises UnsupportedError as `require` does."""
+    def lower(self, program: Program, folder: Path) -> tuple[Detour, ...]:
+        """Write what the runtime needs beside `program.ir` and weights; raises UnsupportedError as `require` does.
+
+        Returns the sites that are not run as they were to be, with the reasons.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> Runtime:
         """Return the runtime of an artifact folder; raises UnsupportedError when it holds nothing for this backend."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that an artifact's manifest records, by name."""
+        return asdict(self)
 
     def require(self, program: Program) -> None:
         """Raise UnsupportedError that names the first calls this backend cannot run, with the reason for each."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from backends.onnxruntime import OnnxRuntime, SessionOptions
-from backends.onnxruntime.lowering import emit_program, node_counts, write_model
+from backends.detours import detour_lines
+from backends.onnxruntime import OnnxRuntime, OnnxRuntimeBackend, SessionOptions
+from backends.onnxruntime.lowering import detours_of, emit_program, node_counts, write_model
 from backends.onnxruntime.tables import library_for
 from backends.reference.runtime import ReferenceRuntime
-from ir.errors import UnsupportedError
 from ir.program import Program
 from passes.base import Context, Log
 from passes.manager import Settings, run_pipeline
@@ -28,6 +29,12 @@ PIPELINES = {
     "trits": "shiftadd{bits=2 code=trits group=32 " + QUICK + "}",
     "nested": "shiftadd{nested=[2 3] group=32 " + QUICK + "}",
 }
+# Codes without a tile order, and what is said of them.
+WITHOUT_KERNEL = {
+    "lat": ("shiftadd{bits=3 group=64 mode=lat " + QUICK + "}", "groups of 8 inputs are smaller than the 32"),
+    "acc": ("shiftadd{bits=2 group=16 mode=acc " + QUICK + "}", "groups of 1 inputs are smaller than the 32"),
+    "trits31": ("shiftadd{bits=2 group=32 code=trits31 " + QUICK + "}", "trits that share one scale"),
+}
 # A linear keeps within 1e-6 and 5e-4; these small random models enlarge that on the way to the logits.
 LIMITS = {"exact": 1e-5, "14bit": 5e-3}
 
@@ -37,7 +44,8 @@ def compressed(name: str, pipeline: str) -> Program:
     """Return a tiny model after a pipeline."""
     program, _ = traced(name)
     context = Context(0, Log(), (ids_for(4, 24), ids_for(4, 24, seed=2)), None, False, "float32")
-    run_pipeline(program, parse(PIPELINES[pipeline]), context, Settings("off", False, "none", None))
+    text = PIPELINES[pipeline] if pipeline in PIPELINES else WITHOUT_KERNEL[pipeline][0]
+    run_pipeline(program, parse(text), context, Settings("off", False, "none", None))
     return program
 
 
@@ -63,7 +71,32 @@ def test_logits_and_cache_are_those_of_the_same_codes(name: str, pipeline: str, 
         assert relative_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= LIMITS[mode]
 
 
-def test_groups_without_a_kernel_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="groups of 16 inputs are smaller than the 32"):
-        opened(compressed_tiny(), tmp_path, "14bit")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("pipeline", WITHOUT_KERNEL)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_codes_without_a_kernel_run_by_standard_operators(name: str, pipeline: str, tmp_path: Path) -> None:
+    program, reason = compressed(name, pipeline), WITHOUT_KERNEL[pipeline][1]
+    model = emit_program(program)
+    counts, detours = node_counts(model), detours_of(model)
+    assert "nomul::TiledLinear" not in counts and counts["nomul::CodedLinear"] == len(detours) >= 8
+    assert len({one.site for one in detours}) == len(detours)
+    assert all(one.runs_by == "standard operators" and reason in one.reason for one in detours)
+    runtime, reference = opened(program, tmp_path, "exact"), ReferenceRuntime(program)
+    assert json.loads(runtime.session.get_modelmeta().custom_metadata_map["nomul.detours"])[0]["site"]
+    for batch, seq in ((1, 1), (3, 17)):
+        ids, more = ids_for(batch, seq), ids_for(batch, 1, seed=3)
+        ours, theirs = runtime.forward(ids), reference.forward(ids)
+        assert relative_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= LIMITS["exact"]
+        ours, theirs = runtime.forward(more, None, theirs[1]), reference.forward(more, None, theirs[1])
+        assert relative_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= LIMITS["exact"]
+
+
+def test_only_sites_without_a_kernel_take_the_detour(tmp_path: Path) -> None:
+    program = compressed_tiny()
+    detours = OnnxRuntimeBackend().lower(program, tmp_path)
+    assert len(detours) == 7 and all(".layers.0." in one.site for one in detours)
+    (line,) = detour_lines(detours)
+    assert line == (
+        "7 sites run by standard operators: groups of 16 inputs are smaller than the 32 that a kernel takes at once"
+    )
+    assert node_counts(emit_program(program))["nomul::TiledLinear"] == 7
+    assert OnnxRuntimeBackend().lower(compressed("llama", "rtn3"), tmp_path) == ()

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ir.errors import UnsupportedError, UsageError
 from tools.console import note
-from tools.options import BuildOptions, check_options
+from tools.options import BuildOptions, check_options, target_backend
 
 if TYPE_CHECKING:
+    from backends.detours import Detour
     from frontend.open import Model
     from ir.program import Program
     from passes.base import Event
@@ -68,6 +69,7 @@ def plan(options: BuildOptions) -> Plan:
         known = ", ".join(backend_names())
         raise UsageError(f"there is no target {options.target}", fix=f"the targets are {known}")
     check_options(options)
+    target_backend(options)
     pipeline, notes = schedule(parse(options.passes), options.keep_order)
     return Plan(pipeline, tuple(notes))
 
@@ -92,7 +94,6 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
     Raises UsageError, UnsupportedError and ResourceError before anything is written, InvariantError for a broken law.
     A report whose quality gate failed belongs to an artifact that is kept and marked.
     """
-    from backends import load_backend
     from frontend.open import open_model
     from passes.memory import PeakMemory
     from passes.pipeline import check
@@ -109,7 +110,7 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
     with PeakMemory() as peak:
         with clock.phase("open"):
             model = open_model(options.model, note)
-        load_backend(options.target).require(model.program)
+        target_backend(options).require(model.program)
         check(planned.pipeline, model.program.level, model.program.facts)
         found = estimate(model.program, planned.pipeline, options.samples, options.seqlen, options.out)
         check_resources(found, options.out)
@@ -231,7 +232,7 @@ def _finish(
     peak: Any,
 ) -> Report:
     """Write the artifact beside its place, then move it there."""
-    from backends import load_backend
+    from backends.detours import detour_lines
     from ir.artifact import read_program, write_program
     from tools.console import progress
     from tools.report import Report, write_report
@@ -246,9 +247,9 @@ def _finish(
             hashes = write_program(model.program, partial, step=lambda: step(""))
         with clock.phase("lower"):
             # What was written is read back through a memory map: the codes that are stored are the codes that run.
-            load_backend(options.target).lower(read_program(partial), partial)
+            detours = _lowered(options, read_program(partial), partial)
         with clock.phase("write"):
-            notes = tuple(copy_side_files(model, partial))
+            notes = (*detour_lines(detours), *copy_side_files(model, partial))
         for line in notes:
             note(line)
         if options.dump_ir != "none":
@@ -258,13 +259,28 @@ def _finish(
         _write_manifest(partial, options, planned, model, hashes, quality, settings)
         report = Report(
             options.model, str(planned.pipeline), str(options.out), clock.phases, peak.bytes, ran.reports, totals,
-            quality, settings, (*planned.notes, *ran.notes, *notes), ran.costs, options.energy,
+            quality, settings, (*planned.notes, *ran.notes, *notes), ran.costs, options.energy, detours,
         )  # fmt: skip
         write_report(report, partial)
         os.replace(partial, options.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def _lowered(options: BuildOptions, program: Program, folder: Path) -> tuple[Detour, ...]:
+    """Write what the target needs; returns the sites it runs in another way, which --strict makes an error."""
+    from backends.detours import detour_lines
+
+    detours = target_backend(options).lower(program, folder)
+    if detours and options.strict:
+        raise UnsupportedError(
+            f"{options.target} does not run all sites by the kernels asked for",
+            where=", ".join(one.site for one in detours[:3]),
+            why="; ".join(detour_lines(detours)),
+            fix="leave out --strict to accept that, or choose other groups or codes; nothing was written",
+        )
+    return detours
 
 
 def _settings(options: BuildOptions, data: TokenData | None) -> dict[str, Any]:
@@ -293,6 +309,7 @@ def _write_manifest(
         "format": FORMAT,
         "name": model.program.name,
         "target": options.target,
+        "target_settings": target_backend(options).settings(),
         "level": model.program.level,
         "pipeline": str(planned.pipeline),
         "history": list(model.program.history),

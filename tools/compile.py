@@ -27,6 +27,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--recipe", type=Path, metavar="FILE", help="file with a pipeline, one pass a line")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="artifact directory to make")
     p.add_argument("--target", default="reference", help="backend to lower to")
+    settings = {"default": argparse.SUPPRESS}
+    how = "how kernels of onnxruntime take activations: as float, in 14 bits (default) or 8"
+    p.add_argument("--kernel-mode", choices=["exact", "14bit", "8bit"], help=how, **settings)
+    who = "who runs uniform codes in onnxruntime: nomul's kernels (default) or MatMulNBits"
+    p.add_argument("--uniform", choices=["own", "contrib"], help=who, **settings)
+    level = "of MatMulNBits: 4 takes activations in 8 bits (default), 0 as float (default with --kernel-mode exact)"
+    p.add_argument("--accuracy-level", type=int, choices=range(5), help=level, **settings)
     p.add_argument("--calib", default="builtin", metavar="builtin|FILE", help="text whose activations passes look at")
     p.add_argument("--samples", type=int, default=128, help="calibration windows")
     p.add_argument("--seqlen", type=int, default=512, help="tokens a window")
@@ -79,7 +86,8 @@ def _options(args: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         args.model, passes, args.out, args.target, args.calib, args.samples, args.seqlen, args.seed, args.precision,
         args.resume, args.dump_ir, args.verify, args.strict, args.keep_order, not args.no_gate, args.max_kl,
-        args.energy,
+        args.energy, getattr(args, "kernel_mode", None), getattr(args, "uniform", None),
+        getattr(args, "accuracy_level", None),
     )  # fmt: skip
 
 
@@ -139,11 +147,11 @@ def _listener() -> Iterator[Callable[[Event], None]]:
 def summary(report: Report) -> str:
     """Return what a person reads at the end of a compilation."""
     from tools.costs import change_line, unknown_lines
-    from tools.report import energy_table, left_alone, pass_table, site_table, work_table
+    from tools.report import detours, energy_table, left_alone, pass_table, site_table, work_table
 
     totals, quality = report.totals, report.quality
     parts = [pass_table(report.reports), work_table(report), site_table(report.reports), left_alone(report.reports)]
-    parts.append(energy_table(report))
+    parts += [detours(report), energy_table(report)]
     bits = totals["bits_per_weight_compressed"]
     size = f"size      {size_text(int(totals['artifact_bytes']))}"
     parts.append(

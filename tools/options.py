@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ir.errors import UsageError
 
 if TYPE_CHECKING:
+    from backends.base import Backend
     from ir.products import Precision
 
 DEFAULT_MAX_KL = 3.0
@@ -17,7 +18,10 @@ DEFAULT_MAX_KL = 3.0
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """The options of a compilation, as on the command line."""
+    """The options of a compilation, as on the command line.
+
+    kernel_mode, uniform, accuracy_level: settings of the target, None for its own defaults.
+    """
 
     model: str
     passes: str
@@ -36,6 +40,24 @@ class BuildOptions:
     gate: bool = True
     max_kl: float = DEFAULT_MAX_KL
     energy: bool = False
+    kernel_mode: Literal["exact", "14bit", "8bit"] | None = None
+    uniform: Literal["own", "contrib"] | None = None
+    accuracy_level: int | None = None
+
+
+def target_backend(options: BuildOptions) -> Backend:
+    """Return the backend of `--target` with the settings asked for; raises UsageError for those it does not have."""
+    from backends import load_backend
+
+    backend = load_backend(options.target)
+    asked = {"mode": options.kernel_mode, "uniform": options.uniform, "accuracy_level": options.accuracy_level}
+    flags = {"mode": "--kernel-mode", "uniform": "--uniform", "accuracy_level": "--accuracy-level"}
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name in given.keys() - backend.settings().keys():
+        raise UsageError(
+            f"target {options.target} has no {flags[name]}", fix="leave it out, or compile with --target onnxruntime"
+        )
+    return replace(backend, **given)
 
 
 def check_options(options: BuildOptions) -> None:

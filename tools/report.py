@@ -13,6 +13,7 @@ from tools.console import duration_text, finite, size_text, table
 from tools.costs import CostStep, change_line, cost_cells, energy_json, energy_text, steps_table, unknown_lines
 
 if TYPE_CHECKING:
+    from backends.detours import Detour
     from ir.ops.cost import Cost
     from passes.manager import PassReport
     from tools.gate import Quality
@@ -26,7 +27,8 @@ _COLOURS = {"good": "#2e7d32", "fair": "#e09000", "poor": "#c62828"}
 class Report:
     """Everything a compilation measured. phases: name -> seconds; totals: sizes and bits; notes: lines for the user.
 
-    costs: of the program as it came in, then after each pass; energy: also apply the energy model to them.
+    costs: of the program as it came in, then after each pass; energy: also apply the energy model to them; detours:
+    sites that the target does not run by the kernels that were asked for.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Report:
     notes: tuple[str, ...]
     costs: tuple[CostStep, ...] = ()
     energy: bool = False
+    detours: tuple[Detour, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON-able data, schema 1."""
@@ -55,6 +58,7 @@ class Report:
             "quality": None if self.quality is None else self.quality.as_json(),
             "settings": self.settings,
             "notes": list(self.notes),
+            "detours": [one.as_json() for one in self.detours],
             "cost": {"batch": 1, "tokens": 1, "past": 0, "steps": [step.as_json() for step in self.costs]},
             "pipeline": [
                 _pass_json(report) | _work_json(self.costs[index : index + 2])
@@ -143,6 +147,13 @@ def left_alone(reports: Sequence[PassReport], limit: int = 6) -> str:
     return "\n".join(lines + ([f"and {hidden} more reasons, in report.json"] if hidden > 0 else []))
 
 
+def detours(report: Report) -> str:
+    """Return the sites that the target runs in another way than by the kernels asked for, one line a reason."""
+    from backends.detours import detour_lines
+
+    return "\n".join(detour_lines(report.detours))
+
+
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json and report.html into an artifact folder."""
     # An error of zero has infinite SQNR, which JSON cannot say.
@@ -165,6 +176,7 @@ def _page(report: Report) -> str:
         cards += [("multiplies a token", f"{before} to {after}")]
     boxes = "".join(f"<div class=card><b>{_e(k)}</b><span>{_e(v)}</span></div>" for k, v in cards)
     passes = f"<pre>{_e(pass_table(report.reports))}</pre><pre>{_e(left_alone(report.reports, 50))}</pre>"
+    passes += f"<pre>{_e(detours(report))}</pre>" if report.detours else ""
     passes += _work(report)
     return (
         "<!doctype html><meta charset=utf-8><title>nomul report</title><style>"

@@ -18,14 +18,18 @@ or a `torch.Tensor` for a result that turned out to be constant. What the emitte
     e.dim(expr)               a symbolic dim that an input has, int64 [1];  e.results(node)  the values of several
     e.scalar(x, dtype)        a 0-d constant;  e.vector([...])  an int64 vector;  e.constant(t)  any small tensor
     e.initializer(name, ...)  a large constant with a name of its own, computed when the file is written
-    e.add(op, *inputs, domain="", outputs=1, **attributes)
+    e.add(op, *inputs, domain="", overload="", outputs=1, **attributes)
                               a node; inputs are Values, None for one left out, or lists of ints; returns a Value, or
                               a tuple of `outputs` Values. Equal nodes are made once. Attributes that are None are
                               left out.
     e.domain(name, version)   declares a domain that `add` uses (`""` and `com.microsoft` are there)
     e.function(f)             adds a model-local function (`onnx_ir.Function`); its domain must be declared
+    e.has_function(domain, name, overload)
+                              whether it is there already
+    e.detour(runs_by, reason) says that this call is not run by the kernel that was asked for
     e.opset, e.fuse, e.mode   the version of the standard operators; whether fused ones may be used; how the kernels
                               of compressed linears take activations (`backends.native.library.MODES`)
+    e.uniform, e.accuracy     who runs uniform codes, `own` or `contrib`; the accuracy level of `MatMulNBits`
 
 `raise Refused(reason)` says that this call cannot be emitted. Entries only build objects in memory: nothing is written
 before every node of the program has been emitted.
@@ -33,12 +37,14 @@ before every node of the program has been emitted.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from backends.detours import Detour
 from backends.native.library import DEFAULT_MODE
 from backends.onnxruntime.dtypes import onnx_dtype
 from backends.onnxruntime.names import dim_name, input_name, output_name, same_dim
@@ -50,8 +56,11 @@ from ir.types import ScalarType, TensorType
 Result = Any
 Entry = Callable[["Emitter", fx.Node], Result]
 Table = Mapping[Any, Entry]
+Uniform = Literal["own", "contrib"]
 
 CONTRIB = "com.microsoft"
+# Where the model's metadata keeps what `Emitter.detour` recorded, as JSON.
+DETOURS = "nomul.detours"
 IR_VERSION = 10
 # Below this a constant is computed while emitting: gains, tables of positions.
 FOLD_BYTES = 1 << 20
@@ -66,16 +75,25 @@ class Emitter:
     """Builds the ONNX graph of one program; see the module's text for what entries may use."""
 
     def __init__(
-        self, program: Program, table: Table, opset: int = 23, fuse: bool = True, mode: str = DEFAULT_MODE
+        self,
+        program: Program,
+        table: Table,
+        opset: int = 23,
+        fuse: bool = True,
+        mode: str = DEFAULT_MODE,
+        uniform: Uniform = "own",
+        accuracy: int = 4,
     ) -> None:
         self.program, self.opset, self.fuse, self.mode = program, opset, fuse, mode
+        self.uniform, self.accuracy = uniform, accuracy
         self._table, self._ir = table, package("onnx_ir")
         self._values: dict[fx.Node, Result] = {}
         self._made: dict[Any, tuple[Any, ...]] = {}
         self._initializers: dict[str, Any] = {}
         self._constants: dict[Any, Any] = {}
         self._nodes: list[Any] = []
-        self._functions: list[Any] = []
+        self._functions: dict[tuple[str, str, str], Any] = {}
+        self._detours: list[Detour] = []
         self._domains: dict[str, int] = {"": opset}
         self._names = {output_name(index) for index in range(len(program.outputs))}
         self._named: dict[fx.Node, Any] = {}
@@ -176,19 +194,22 @@ class Emitter:
             self._names.add(name)
         return self._initializers[name]
 
-    def add(self, op: str, *inputs: Any, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+    def add(
+        self, op: str, *inputs: Any, domain: str = "", overload: str = "", outputs: int = 1, **attributes: Any
+    ) -> Any:
         """Add a node and return its output, or the tuple of its outputs; an equal node that is there is used again."""
         given = [self.vector(i) if isinstance(i, (list, tuple)) else i for i in inputs]
         while given and given[-1] is None:
             given.pop()
         kept = {name: value for name, value in attributes.items() if value is not None}
-        key = (domain, op, outputs, tuple(map(id, given)), tuple(sorted((k, _hashable(v)) for k, v in kept.items())))
+        settings = tuple(sorted((k, _hashable(v)) for k, v in kept.items()))
+        key = (domain, op, overload, outputs, tuple(map(id, given)), settings)
         if key not in self._made:
             if domain not in self._domains:
                 if domain != CONTRIB:
                     raise Refused(f"{op} is of the domain {domain}, which was not declared")
                 self.domain(CONTRIB, 1)
-            node = self._ir.node(op, given, attributes=kept, domain=domain, num_outputs=outputs)
+            node = self._ir.node(op, given, attributes=kept, domain=domain, overload=overload, num_outputs=outputs)
             self._provenance(node)
             self._nodes.append(node)
             self._made[key] = tuple(node.outputs)
@@ -202,8 +223,17 @@ class Emitter:
 
     def function(self, function: Any) -> None:
         """Add a model-local function, once for its domain, name and overload."""
-        if function.identifier() not in [f.identifier() for f in self._functions]:
-            self._functions.append(function)
+        self._functions.setdefault(function.identifier(), function)
+
+    def has_function(self, domain: str, name: str, overload: str = "") -> bool:
+        """Return whether a model-local function has been added."""
+        return (domain, name, overload) in self._functions
+
+    def detour(self, runs_by: str, reason: str) -> None:
+        """Record that the current call is run by something else than the kernel that was asked for, and why."""
+        assert self._current is not None
+        site = self._current.meta.get(PATH) or self._current.name
+        self._detours.append(Detour(str(site), runs_by, reason))
 
     def cast(self, value: Any, dtype: torch.dtype, was: torch.dtype | None = None) -> Any:
         """Return a value cast to a dtype, or itself when it `was` of that one."""
@@ -254,7 +284,20 @@ class Emitter:
             opset_imports=self._domains,
             name=self.program.name,
         )
-        return self._ir.Model(graph, ir_version=IR_VERSION, producer_name="nomul", functions=self._functions)
+        return self._ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="nomul",
+            functions=list(self._functions.values()),
+            metadata_props=self._facts(),
+        )
+
+    def _facts(self) -> dict[str, str]:
+        """Return what the file says about itself: how linears are run, and the sites that are run otherwise."""
+        facts = {"nomul.mode": self.mode, "nomul.uniform": self.uniform}
+        if self.uniform == "contrib":
+            facts["nomul.accuracy_level"] = str(self.accuracy)
+        return facts | {DETOURS: json.dumps([one.as_json() for one in self._detours])}
 
     def _result(self, arg: fx.Node) -> Result:
         if arg.op == "get_attr":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from torch import fx
 
+from backends.detours import Detour
 from backends.native.library import DEFAULT_MODE
-from backends.onnxruntime.emitter import Emitter, Refused
+from backends.onnxruntime.emitter import DETOURS, Emitter, Refused, Uniform
 from backends.onnxruntime.fusion import plan
 from backends.onnxruntime.groups import Fused
 from backends.onnxruntime.packages import package
@@ -27,22 +29,42 @@ _INLINE_BYTES = 256
 _SHOWN = 5
 
 
-def emit_program(program: Program, opset: int = DEFAULT_OPSET, fuse: bool = True, mode: str = DEFAULT_MODE) -> Any:
+def emit_program(
+    program: Program,
+    opset: int = DEFAULT_OPSET,
+    fuse: bool = True,
+    mode: str = DEFAULT_MODE,
+    uniform: Uniform = "own",
+    accuracy_level: int | None = None,
+) -> Any:
     """Return the `onnx_ir.Model` of a program, weights unread.
 
-    mode: how kernels take activations, one of `backends.native.library.MODES`. Raises UnsupportedError that names every
-    call without an ONNX form, with the reason.
+    mode: how kernels take activations, one of `backends.native.library.MODES`; uniform: `contrib` gives uniform codes
+    to `com.microsoft::MatMulNBits` where it takes them; accuracy_level: of that, by default what fits the mode. Raises
+    UnsupportedError that names every call without an ONNX form, with the reason.
     """
     if opset not in OPSETS:
         raise UnsupportedError(
             f"opset {opset} cannot be written", where=program.name, fix=f"use one of {', '.join(map(str, OPSETS))}"
         )
-    emitter = Emitter(program, whole_table(), opset, fuse, mode)
+    emitter = Emitter(program, whole_table(), opset, fuse, mode, uniform, accuracy_of(mode, accuracy_level))
     fused = plan(program, opset, own_groups()) if fuse else ()
     refused = _emit_nodes(emitter, program, fused)
     if refused:
         raise refusal(program, refused)
     return emitter.model()
+
+
+def accuracy_of(mode: str, level: int | None) -> int:
+    """Return the accuracy level of MatMulNBits: the one asked for, or 4 (8-bit activations), in mode `exact` 0."""
+    if level is not None:
+        return level
+    return 0 if mode == "exact" else 4
+
+
+def detours_of(model: Any) -> tuple[Detour, ...]:
+    """Return the sites that a model runs otherwise than by the kernels that were asked for, as its metadata says."""
+    return tuple(Detour(**one) for one in json.loads(model.metadata_props[DETOURS]))
 
 
 def _emit_nodes(emitter: Emitter, program: Program, fused: tuple[Fused, ...]) -> list[tuple[fx.Node, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from torch import Tensor, fx
 from backends.native.build import built_library
 from backends.native.layout import layout_of, pack, refuses
 from backends.native.library import MODES
+from backends.onnxruntime.coded import NAME as CODED
+from backends.onnxruntime.coded import coded_function, coding_of
+from backends.onnxruntime.contrib import add_contrib, refuses_contrib
 from backends.onnxruntime.emitter import Emitter, Entry, Refused, Result
+from backends.onnxruntime.twins import (
+    DOMAIN,
+    linear_function,
+    linear_overload,
+    rotation_function,
+    rotation_overload,
+)
 from ir.ops.hadamard import hadamard_factors
 from ir.ops.nested import NestedCodes
 from ir.ops.packing import unpack_bits
@@ -20,7 +31,7 @@ from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.program import Program, tensor_type_of
 
-DOMAIN, VERSION = "nomul", 1
+VERSION = 1
 nomul = torch.ops.nomul
 
 
@@ -46,7 +57,13 @@ def _nested(e: Emitter, node: fx.Node) -> Result:
 def _quant(e: Emitter, node: fx.Node) -> Result:
     x, codes, scales, zeros, bias, bits, group = e.args(node)
     parts = _present(e, codes), _present(e, scales), _stored(e, zeros)
-    return _tiled(e, node, QuantCodes(*parts, bits, group, _inputs(x)), x, codes, bias)
+    weight = QuantCodes(*parts, bits, group, _inputs(x))
+    if e.uniform == "contrib":
+        no = refuses_contrib(weight)
+        if no is None:
+            return add_contrib(e, weight, e.value(x), e.program.params.resolve(str(codes.target)), bias)
+        e.detour("the kernel of nomul", no.reason)
+    return _tiled(e, node, weight, x, codes, bias)
 
 
 def _tiled(
@@ -56,13 +73,37 @@ def _tiled(
     if tensor_type_of(x).dtype != torch.float32:
         raise Refused(f"the kernels take float32 activations, and these are {tensor_type_of(x).dtype}")
     if (no := refuses(codes)) is not None:
-        raise Refused(no.reason)
+        assert isinstance(codes, ShiftCodes)
+        e.detour("standard operators", no.reason)
+        return _by_standard_operators(e, codes, x, stored, bias)
     layout = layout_of(codes)
     e.domain(DOMAIN, VERSION)
-    name = f"{e.program.params.resolve(str(stored.target))}.tiles"
-    weight = e.initializer(name, (layout.weight_bytes,), torch.uint8, lambda: pack(codes).data)
+    name, shape = f"{e.program.params.resolve(str(stored.target))}.tiles", (layout.tiles, layout.tile_bytes)
+    weight = e.initializer(name, shape, torch.uint8, lambda: pack(codes).data.view(shape))
     inputs = [e.value(x), weight, None if bias is None else e.value(bias)]
-    return e.add("TiledLinear", *inputs, domain=DOMAIN, mode=MODES[e.mode], **layout.attributes())
+    overload = linear_overload(layout, bias is not None)
+    if not e.has_function(DOMAIN, "TiledLinear", overload):
+        e.function(linear_function(layout, bias is not None, e.opset))
+    return e.add("TiledLinear", *inputs, domain=DOMAIN, overload=overload, mode=MODES[e.mode], **layout.attributes())
+
+
+def _by_standard_operators(e: Emitter, codes: ShiftCodes, x: fx.Node, stored: fx.Node, bias: fx.Node | None) -> Result:
+    """Return x W^T + bias by a function that reads W as it is stored."""
+    e.domain(DOMAIN, VERSION)
+    coding, name = coding_of(codes), f"{e.program.params.resolve(str(stored.target))}.{codes.planes}"
+    inputs = [e.value(x)]
+    for part, tensor in codes.tensors().items():
+        inputs.append(e.initializer(f"{name}.{part}", tuple(tensor.shape), tensor.dtype, partial(_itself, tensor)))
+    if bias is not None:
+        inputs.append(e.value(bias))
+    overload = coding.overload(bias is not None)
+    if not e.has_function(DOMAIN, CODED, overload):
+        e.function(coded_function(coding, bias is not None, e.opset))
+    return e.add(CODED, *inputs, domain=DOMAIN, overload=overload)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _hadamard(e: Emitter, node: fx.Node) -> Result:
@@ -73,7 +114,11 @@ def _hadamard(e: Emitter, node: fx.Node) -> Result:
     diagonal = unpack_bits(_present(e, signs), 1, _inputs(x)).float() * 2 - 1
     factors = [(f if transposed else f.T).float().contiguous() for f in hadamard_factors(order)]
     constants = [e.constant(t) for t in (diagonal, *factors)]
-    return e.add("Hadamard", e.value(x), *constants, domain=DOMAIN, transposed=int(transposed))
+    sizes = tuple(f.shape[0] for f in factors)
+    overload = rotation_overload(_inputs(x), sizes, transposed)
+    if not e.has_function(DOMAIN, "Hadamard", overload):
+        e.function(rotation_function(_inputs(x), sizes, transposed, e.opset))
+    return e.add("Hadamard", e.value(x), *constants, domain=DOMAIN, overload=overload, transposed=int(transposed))
 
 
 def _inputs(x: fx.Node) -> int:

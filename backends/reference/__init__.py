@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import fx
 
 from backends.base import Backend
+from backends.detours import Detour
 from backends.reference.execute import DEFAULT_MODE
 from backends.reference.runtime import ReferenceRuntime
 from ir.artifact import read_program
@@ -34,10 +35,11 @@ class Reference(Backend):
             return No(error.what, node)
         return None if self.level.allows(name) else No(f"{name} is not allowed at level {self.level.name}", node)
 
-    def lower(self, program: Program, folder: Path) -> None:
+    def lower(self, program: Program, folder: Path) -> tuple[Detour, ...]:
         """Check that the program can be run; `program.ir` and its weights are all that the runtime reads."""
         del folder
         self.require(program)
+        return ()
 
     def load(self, folder: Path, mode: str = DEFAULT_MODE) -> ReferenceRuntime:
         """Return the runtime of an artifact folder; mode: as for `backends.reference.execute.executable`."""
