@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends.native.build import built_library
+from backends.native.build import built_library, require_whole
 from backends.native.layout import VERSION, Layout, Packed
 from ir.errors import UnsupportedError, UsageError
 
@@ -49,9 +49,11 @@ _SIGNATURES = {
 def load(path: Path | None = None) -> Library:
     """Load the library at `path`, or the one that was built for this machine.
 
-    Raises UnsupportedError for a file that is no such library, is of another version, or cannot be built.
+    Raises UnsupportedError for a file that is damaged or none of nomul's, is of another version, or cannot be built.
     """
     where = built_library() if path is None else path
+    if path is not None:
+        require_whole(path)
     try:
         handle = ctypes.CDLL(str(where))
         for name, (result, arguments) in _SIGNATURES.items():
