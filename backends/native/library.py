@@ -107,11 +107,17 @@ class Library:
     ) -> Tensor:
         """Return x W^T + bias, float32 [..., N], for float32 x [..., K] and bias [N]; mode: one of `MODES`.
 
-        Raises UsageError for shapes, dtypes and modes that do not fit.
+        Raises UsageError for shapes, dtypes and modes that do not fit. A token with values that are not finite gives
+        no finite results in mode `exact`, and any results in the others; other tokens are not touched by it.
         """
         layout = weight.layout
         _check(x, bias, layout, mode)
+        _check_weight(weight, self.weight_bytes(layout))
+        if threads < 1:
+            raise UsageError(f"there cannot be {threads} threads", where="threads", fix="ask for at least one")
         flat = x.reshape(-1, layout.inputs).contiguous()
+        # Held until the call is over: a copy may be all that keeps the memory.
+        bias = None if bias is None else bias.contiguous()
         out = torch.empty(flat.shape[0], layout.rows)
         self._done(
             self._handle.nomul_linear(
@@ -119,11 +125,11 @@ class Library:
                 MODES[mode],
                 weight.data.data_ptr(),
                 weight.data.numel(),
-                None if bias is None else bias.contiguous().data_ptr(),
+                None if bias is None else bias.data_ptr(),
                 flat.data_ptr(),
                 flat.shape[0],
                 out.data_ptr(),
-                threads,
+                min(threads, _MOST),
             )
         )
         return out.reshape(*x.shape[:-1], layout.rows)
@@ -131,17 +137,21 @@ class Library:
     def decode(self, weight: Packed) -> Tensor:
         """Return the weight as float32 [N, K]."""
         layout = weight.layout
+        _check_weight(weight, self.weight_bytes(layout))
         out = torch.empty(layout.rows, layout.inputs)
-        if weight.data.numel() != self.weight_bytes(layout):
-            raise UsageError("the weight does not have the bytes of its layout", why=f"{weight.data.numel()}")
         self._done(
             self._handle.nomul_decode(byref(_struct(layout)), weight.data.data_ptr(), 0, layout.rows, out.data_ptr())
         )
         return out
 
     def hadamard(self, x: Tensor, signs: Tensor, columns: Sequence[Tensor], transposed: bool = False) -> Tensor:
-        """Return H D x, or D H^T x, for float32 x [..., K], signs [K] and the factors of H by columns."""
+        """Return H D x, or D H^T x, for float32 x [..., K], signs [K] and the factors of H by columns.
+
+        Raises UsageError for shapes and dtypes that do not fit, UnsupportedError for factors that do not.
+        """
+        _check_rotation(x, signs, columns)
         flat = x.reshape(-1, signs.numel()).contiguous()
+        signs, columns = signs.contiguous(), [c.contiguous() for c in columns]
         out = torch.empty_like(flat)
         sizes = (c_int64 * len(columns))(*(c.shape[0] for c in columns))
         pointers = (c_void_p * len(columns))(*(c.data_ptr() for c in columns))
@@ -159,20 +169,59 @@ class Library:
             raise UnsupportedError("the kernel library refuses", why=reason.decode())
 
 
+# ctypes takes the low bits of larger numbers.
+_MOST = 2**31 - 1
+
+
 def _struct(layout: Layout) -> _Layout:
-    return _Layout(**layout.attributes())
+    values = layout.attributes()
+    large = [name for name, value in values.items() if not -_MOST <= value <= _MOST]
+    if large:
+        raise UsageError(f"a layout cannot have {large[0]} = {values[large[0]]}", where="layout")
+    return _Layout(**values)
 
 
 def _check(x: Tensor, bias: Tensor | None, layout: Layout, mode: str) -> None:
     if mode not in MODES:
         raise UsageError(f"there is no mode {mode}", where="mode", fix=f"use one of {', '.join(MODES)}")
-    if x.dtype != torch.float32 or x.ndim < 1 or x.shape[-1] != layout.inputs:
+    if not _is_float(x) or x.ndim < 1 or x.shape[-1] != layout.inputs:
         raise UsageError(
             "the activations do not fit the weight",
-            why=f"they are {x.dtype} {list(x.shape)}, float32 [..., {layout.inputs}] is needed",
+            why=f"they are {_kind(x)}, float32 [..., {layout.inputs}] on the CPU is needed",
         )
-    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (layout.rows,)):
+    if bias is not None and (not _is_float(bias) or tuple(bias.shape) != (layout.rows,)):
         raise UsageError(
             "the bias does not fit the weight",
-            why=f"it is {bias.dtype} {list(bias.shape)}, float32 [{layout.rows}] is needed",
+            why=f"it is {_kind(bias)}, float32 [{layout.rows}] on the CPU is needed",
         )
+
+
+def _check_weight(weight: Packed, wanted: int) -> None:
+    data = weight.data
+    fits = data.dtype == torch.uint8 and data.device.type == "cpu" and data.is_contiguous()
+    if not fits or data.numel() != wanted:
+        raise UsageError(
+            "the weight does not have the bytes of its layout",
+            why=f"it is {_kind(data)}, contiguous uint8 [{wanted}] on the CPU is needed",
+        )
+
+
+def _check_rotation(x: Tensor, signs: Tensor, columns: Sequence[Tensor]) -> None:
+    if not _is_float(signs) or signs.ndim != 1 or not signs.numel():
+        raise UsageError("the signs do not fit a rotation", why=f"they are {_kind(signs)}, float32 [K] is needed")
+    if not _is_float(x) or x.ndim < 1 or x.shape[-1] != signs.numel():
+        raise UsageError(
+            "the activations do not fit the signs",
+            why=f"they are {_kind(x)}, float32 [..., {signs.numel()}] on the CPU is needed",
+        )
+    for factor in columns:
+        if not _is_float(factor) or factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+            raise UsageError("a factor is no square matrix", why=f"it is {_kind(factor)}, float32 [n, n] is needed")
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

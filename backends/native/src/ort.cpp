@@ -115,6 +115,7 @@ OrtStatus* create_linear(const CustomOp*, Table api, const OrtKernelInfo* info, 
   if (OrtStatus* s = integer(api, info, "rows", l.rows)) return s;
   if (OrtStatus* s = integer(api, info, "inputs", l.inputs)) return s;
   if (OrtStatus* s = integer(api, info, "mode", kernel->mode)) return s;
+  kernel->mode = std::clamp<int64_t>(kernel->mode, INT32_MIN, INT32_MAX);
   const int64_t bytes = nomul_weight_bytes(&l);
   if (bytes < 0 || nomul_scratch_bytes(&l, 1, (int32_t)kernel->mode) < 0) return failure(api, nomul_error());
   Tensor weight;
@@ -161,7 +162,8 @@ OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
     return s;
   if (inputs > 2)
     if (OrtStatus* s = input(k.api, context, 2, bias)) return s;
-  if (bias.data && bias.count != l.rows)
+  // An empty tensor has a type and no data.
+  if (bias.type && bias.count != l.rows)
     return failure(k.api, "nomul::TiledLinear: the bias must have " + std::to_string(l.rows) + " values");
   const int64_t tokens = x.count / l.inputs;
   std::vector<int64_t> dims = x.dims;
@@ -205,6 +207,7 @@ OrtStatus* create_hadamard(const CustomOp*, Table api, const OrtKernelInfo* info
   Tensor found;
   if (OrtStatus* s = constant(api, info, 1, "the signs", ort::kFloat, found)) return s;
   kernel->signs = (const float*)found.data, kernel->width = found.count;
+  if (found.count < 1) return failure(api, "nomul::Hadamard: there must be at least one sign");
   for (size_t i = 2; i < inputs; i++) {
     if (OrtStatus* s = constant(api, info, i, "a factor", ort::kFloat, found)) return s;
     if (found.dims.size() != 2 || found.dims[0] != found.dims[1])
@@ -269,6 +272,7 @@ CustomOp completed(CustomOp op) {
 }  // namespace
 
 extern "C" NOMUL_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ort::ApiBase* base) {
+  if (!options || !base) return nullptr;
   const Table api = base->get_api(ort::kVersion);
   if (!api) {
     const Table old = base->get_api(1);
@@ -277,10 +281,14 @@ extern "C" NOMUL_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, co
   static const CustomOp linear = completed(make_linear()), hadamard = completed(make_hadamard());
   // One domain serves all sessions of a process: the runtime keeps a pointer to it.
   static OrtCustomOpDomain* domain = nullptr;
-  static OrtStatus* refused = [&]() -> OrtStatus* {
-    if (OrtStatus* s = call<OrtStatus*>(api, ort::CreateCustomOpDomain, "nomul", &domain)) return s;
-    if (OrtStatus* s = call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &linear)) return s;
-    return call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &hadamard);
+  static const bool made = [&] {
+    OrtStatus* refused = call<OrtStatus*>(api, ort::CreateCustomOpDomain, "nomul", &domain);
+    if (!refused) refused = call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &linear);
+    if (!refused) refused = call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &hadamard);
+    // A status belongs to one caller, and there may be several.
+    if (refused) call<void>(api, ort::ReleaseStatus, refused);
+    return !refused;
   }();
-  return refused ? refused : call<OrtStatus*>(api, ort::AddCustomOpDomain, options, domain);
+  return made ? call<OrtStatus*>(api, ort::AddCustomOpDomain, options, domain)
+              : failure(api, "the runtime does not take the operators of the domain nomul", ort::kFail);
 }
