@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends.native.build import built_library
+from backends.native.build import built_library, require_whole
 from backends.native.layout import VERSION, Layout, Packed
 from ir.errors import UnsupportedError, UsageError
 
@@ -59,9 +59,11 @@ _SIGNATURES = {
 def load(path: Path | None = None) -> Library:
     """Load the library at `path`, or the one that was built for this machine.
 
-    Raises UnsupportedError for a file that is no such library, is of another version, or cannot be built.
+    Raises UnsupportedError for a file that is damaged or none of nomul's, is of another version, or cannot be built.
     """
     where = built_library() if path is None else path
+    if path is not None:
+        require_whole(path)
     try:
         handle = ctypes.CDLL(str(where))
         for name, (result, arguments) in _SIGNATURES.items():
@@ -115,8 +117,10 @@ class Library:
     ) -> Tensor:
         """Return x W^T + bias, float32 [..., N], for float32 x [..., K] and bias [N]; mode: one of `MODES`.
 
-        Raises UsageError for shapes, dtypes and modes that do not fit.
+        Raises UsageError for shapes, dtypes and modes that do not fit. A token with values that are not finite gives
+        no finite results in mode `exact`, and any results in the others; other tokens are not touched by it.
         """
+        _check_weight(weight, self.weight_bytes(weight.layout))
         form = _struct(weight.layout), weight.layout.rows, weight.layout.inputs
         return self._product(self._handle.nomul_linear, form, x, weight.data, bias, mode, threads)
 
@@ -145,13 +149,17 @@ class Library:
     ) -> Tensor:
         struct, rows, inputs = form
         _check(x, bias, rows, inputs, mode)
+        if threads < 1:
+            raise UsageError(f"there cannot be {threads} threads", where="threads", fix="ask for at least one")
         flat = x.reshape(-1, inputs).contiguous()
+        # Held until the call is over: a copy may be all that keeps the memory.
         held = None if bias is None else bias.contiguous()
         out = torch.empty(flat.shape[0], rows)
         self._done(
             function(
                 *(byref(struct), MODES[mode], weight.data_ptr(), weight.nbytes),
-                *(None if held is None else held.data_ptr(), flat.data_ptr(), flat.shape[0], out.data_ptr(), threads),
+                *(None if held is None else held.data_ptr(), flat.data_ptr(), flat.shape[0], out.data_ptr()),
+                min(threads, _MOST),
             )
         )
         return out.reshape(*x.shape[:-1], rows)
@@ -159,17 +167,21 @@ class Library:
     def decode(self, weight: Packed) -> Tensor:
         """Return the weight as float32 [N, K]."""
         layout = weight.layout
+        _check_weight(weight, self.weight_bytes(layout))
         out = torch.empty(layout.rows, layout.inputs)
-        if weight.data.numel() != self.weight_bytes(layout):
-            raise UsageError("the weight does not have the bytes of its layout", why=f"{weight.data.numel()}")
         self._done(
             self._handle.nomul_decode(byref(_struct(layout)), weight.data.data_ptr(), 0, layout.rows, out.data_ptr())
         )
         return out
 
     def hadamard(self, x: Tensor, signs: Tensor, columns: Sequence[Tensor], transposed: bool = False) -> Tensor:
-        """Return H D x, or D H^T x, for float32 x [..., K], signs [K] and the factors of H by columns."""
+        """Return H D x, or D H^T x, for float32 x [..., K], signs [K] and the factors of H by columns.
+
+        Raises UsageError for shapes and dtypes that do not fit, UnsupportedError for factors that do not.
+        """
+        _check_rotation(x, signs, columns)
         flat = x.reshape(-1, signs.numel()).contiguous()
+        signs, columns = signs.contiguous(), [c.contiguous() for c in columns]
         out = torch.empty_like(flat)
         sizes = (c_int64 * len(columns))(*(c.shape[0] for c in columns))
         pointers = (c_void_p * len(columns))(*(c.data_ptr() for c in columns))
@@ -187,20 +199,59 @@ class Library:
             raise UnsupportedError("the kernel library refuses", why=reason.decode())
 
 
+# ctypes takes the low bits of larger numbers.
+_MOST = 2**31 - 1
+
+
 def _struct(layout: Layout) -> _Layout:
-    return _Layout(**layout.attributes())
+    values = layout.attributes()
+    large = [name for name, value in values.items() if not -_MOST <= value <= _MOST]
+    if large:
+        raise UsageError(f"a layout cannot have {large[0]} = {values[large[0]]}", where="layout")
+    return _Layout(**values)
 
 
 def _check(x: Tensor, bias: Tensor | None, rows: int, inputs: int, mode: str) -> None:
     if mode not in MODES:
         raise UsageError(f"there is no mode {mode}", where="mode", fix=f"use one of {', '.join(MODES)}")
-    if x.dtype != torch.float32 or x.ndim < 1 or x.shape[-1] != inputs:
+    if not _is_float(x) or x.ndim < 1 or x.shape[-1] != inputs:
         raise UsageError(
             "the activations do not fit the weight",
-            why=f"they are {x.dtype} {list(x.shape)}, float32 [..., {inputs}] is needed",
+            why=f"they are {_kind(x)}, float32 [..., {inputs}] on the CPU is needed",
         )
-    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (rows,)):
+    if bias is not None and (not _is_float(bias) or tuple(bias.shape) != (rows,)):
         raise UsageError(
             "the bias does not fit the weight",
-            why=f"it is {bias.dtype} {list(bias.shape)}, float32 [{rows}] is needed",
+            why=f"it is {_kind(bias)}, float32 [{rows}] on the CPU is needed",
         )
+
+
+def _check_weight(weight: Packed, wanted: int) -> None:
+    data = weight.data
+    fits = data.dtype == torch.uint8 and data.device.type == "cpu" and data.is_contiguous()
+    if not fits or data.numel() != wanted:
+        raise UsageError(
+            "the weight does not have the bytes of its layout",
+            why=f"it is {_kind(data)}, contiguous uint8 [{wanted}] on the CPU is needed",
+        )
+
+
+def _check_rotation(x: Tensor, signs: Tensor, columns: Sequence[Tensor]) -> None:
+    if not _is_float(signs) or signs.ndim != 1 or not signs.numel():
+        raise UsageError("the signs do not fit a rotation", why=f"they are {_kind(signs)}, float32 [K] is needed")
+    if not _is_float(x) or x.ndim < 1 or x.shape[-1] != signs.numel():
+        raise UsageError(
+            "the activations do not fit the signs",
+            why=f"they are {_kind(x)}, float32 [..., {signs.numel()}] on the CPU is needed",
+        )
+    for factor in columns:
+        if not _is_float(factor) or factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+            raise UsageError("a factor is no square matrix", why=f"it is {_kind(factor)}, float32 [n, n] is needed")
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backends.native.build import require_whole
 from backends.onnxruntime.lowering import DATA_FILE, MODEL_FILE
 from backends.onnxruntime.packages import package
 from ir.errors import UnsupportedError, UsageError
@@ -68,6 +69,7 @@ def _settings(ort: Any, options: SessionOptions) -> Any:
 
 
 def _register(settings: Any, library: Path) -> None:
+    require_whole(library)
     try:
         settings.register_custom_ops_library(str(library))
     except Exception as error:

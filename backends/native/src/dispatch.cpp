@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 #include <string>
@@ -82,10 +83,14 @@ std::atomic<const nomul_kernels*>& chosen() {
 }
 
 int no_level() {
-  std::snprintf(reason, sizeof reason, "NOMUL_LEVEL is %s, and this CPU runs %s", std::getenv("NOMUL_LEVEL"),
+  const char* forced = std::getenv("NOMUL_LEVEL");
+  std::snprintf(reason, sizeof reason, "NOMUL_LEVEL is %s, and this CPU runs %s", forced ? forced : "no longer set",
                 nomul_levels());
   return NOMUL_NO_SUCH_LEVEL;
 }
+
+// Bytes that no machine has: sizes up to here are computed without overflow.
+constexpr int64_t kMost = (int64_t)1 << 46;
 
 int check(const nomul_layout* l) {
   if (!l) return refuse(NOMUL_BAD_LAYOUT, "no layout was given");
@@ -101,6 +106,9 @@ int check(const nomul_layout* l) {
     return refuse(NOMUL_BAD_LAYOUT, "a scale has 0 to 4 terms, not %lld", l->terms);
   if (l->tied < 0 || l->tied > 1 || l->offset < 0 || l->offset > 2 || (l->tied ? l->offset == 1 : l->offset == 2))
     return refuse(NOMUL_BAD_LAYOUT, "offsets of kind %lld do not go with tied = %lld", l->offset, l->tied);
+  const nomul_plain::Shape s = nomul_plain::shape_of(*l);
+  if (s.tiles > kMost / s.tile_bytes)
+    return refuse(NOMUL_BAD_LAYOUT, "a weight of %lld x %lld is larger than any memory", l->rows, l->inputs);
   return NOMUL_OK;
 }
 
@@ -113,14 +121,28 @@ int check(const nomul_dense* d) {
   return NOMUL_OK;
 }
 
+int64_t chunks_of(const nomul_layout& l) { return nomul_plain::shape_of(l).chunks; }
+int64_t chunks_of(const nomul_dense& d) { return nomul_plain::over(d.inputs, nomul_plain::kChunk); }
+
 template <class Form>
 int check(const Form* form, int32_t mode, int64_t tokens) {
   if (const int code = check(form)) return code;
   if (!chosen().load()) return no_level();
   if (mode < NOMUL_EXACT || mode > NOMUL_8_BIT) return refuse(NOMUL_BAD_ARGUMENT, "there is no mode %lld", mode);
-  if (tokens < 0) return refuse(NOMUL_BAD_ARGUMENT, "there cannot be %lld tokens", tokens);
+  // What a token takes for a chunk is at most half of these 1024 bytes; tokens are filled up to tiles of 16.
+  if (tokens < 0 || tokens > kMost / (1024 * chunks_of(*form)))
+    return refuse(NOMUL_BAD_ARGUMENT, "there cannot be %lld tokens", tokens);
   return NOMUL_OK;
 }
+
+template <class Form>
+int check_rows(const Form* form, int64_t first_row, int64_t last_row) {
+  if (first_row % 32 || first_row < 0 || last_row > form->rows || first_row > last_row)
+    return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be computed by themselves", first_row, last_row);
+  return NOMUL_OK;
+}
+
+int null_pointer() { return refuse(NOMUL_BAD_ARGUMENT, "a pointer is null"); }
 
 // Memory at a multiple of 64 bytes that grows when more is asked for; what it held is then lost.
 struct Memory {
@@ -167,8 +189,9 @@ template <class Form>
 int rows(const Form* form, int32_t mode, const uint8_t* weight, const float* bias, const float* x, const void* scratch,
          int64_t tokens, int64_t first_row, int64_t last_row, float* y) {
   if (const int code = check(form, mode, tokens)) return code;
-  if (first_row % 32 || first_row < 0 || last_row > form->rows || first_row > last_row)
-    return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be computed by themselves", first_row, last_row);
+  if (const int code = check_rows(form, first_row, last_row)) return code;
+  if (!weight || !x || !y || !scratch) return null_pointer();
+  if ((uintptr_t)scratch % 64) return refuse(NOMUL_BAD_ARGUMENT, "a scratch at a multiple of 64 bytes is needed");
   if (first_row == last_row || tokens == 0) return NOMUL_OK;
   const nomul_product<Form>& product = product_of(*form);
   const int64_t bytes = product.spare_bytes(*form, tokens, mode);
@@ -183,7 +206,7 @@ int linear(const Form* form, int32_t mode, const uint8_t* weight, int64_t weight
            const float* x, int64_t tokens, float* y, int32_t threads) {
   if (const int code = check(form, mode, tokens)) return code;
   if (tokens == 0) return NOMUL_OK;
-  if (!weight || !y || !x) return refuse(NOMUL_BAD_ARGUMENT, "a pointer is null");
+  if (!weight || !y || !x) return null_pointer();
   if (weight_bytes != bytes_of(*form))
     return refuse(NOMUL_BAD_ARGUMENT, "the weight has %lld bytes, its layout needs %lld", weight_bytes, bytes_of(*form));
   if (threads < 1) return refuse(NOMUL_BAD_ARGUMENT, "there cannot be %lld threads", threads);
@@ -202,7 +225,12 @@ int linear(const Form* form, int32_t mode, const uint8_t* weight, int64_t weight
     }
   };
   std::vector<std::thread> others;
-  for (int i = 1; i < (int)std::min<int64_t>(threads, pieces); i++) others.emplace_back(work);
+  try {
+    others.reserve(std::min<int64_t>(threads, pieces));
+    for (int64_t i = 1; i < std::min<int64_t>(threads, pieces); i++) others.emplace_back(work);
+  } catch (const std::exception&) {
+    // Where no more threads can be had, those that run do it all.
+  }
   work();
   for (std::thread& other : others) other.join();
   return failed ? refuse(failed, "a thread has no memory of its own for %lld tokens", tokens) : NOMUL_OK;
@@ -254,8 +282,8 @@ int nomul_dense_linear(const nomul_dense* d, int32_t mode, const uint8_t* weight
 
 int nomul_decode(const nomul_layout* l, const uint8_t* weight, int64_t first_row, int64_t last_row, float* out) {
   if (const int code = check(l, NOMUL_EXACT, 0)) return code;
-  if (first_row % 32 || first_row < 0 || last_row > l->rows || first_row > last_row)
-    return refuse(NOMUL_BAD_ARGUMENT, "rows %lld to %lld cannot be decoded by themselves", first_row, last_row);
+  if (const int code = check_rows(l, first_row, last_row)) return code;
+  if (!weight || !out) return null_pointer();
   chosen().load()->decode(*l, weight, first_row, last_row, out);
   return NOMUL_OK;
 }
@@ -264,18 +292,23 @@ int nomul_hadamard(const float* x, int64_t tokens, int64_t width, const float* s
                    int64_t factors, const int64_t* sizes, const float* const* columns, float* y) {
   if (!chosen().load()) return no_level();
   if (tokens == 0) return NOMUL_OK;
-  if (!x || !signs || !sizes || !columns || !y || width < 1 || factors < 1)
-    return refuse(NOMUL_BAD_ARGUMENT, "a pointer is null, or there are no channels or factors");
+  if (tokens < 0 || !x || !signs || !sizes || !columns || !y || width < 1 || factors < 1)
+    return refuse(NOMUL_BAD_ARGUMENT, "a pointer is null, or there are no tokens, channels or factors");
   int64_t order = 1;
   for (int64_t f = 0; f < factors; f++) {
-    if (sizes[f] < 1 || sizes[f] > width) return refuse(NOMUL_BAD_ARGUMENT, "a factor cannot have order %lld", sizes[f]);
+    if (!columns[f] || sizes[f] < 1 || sizes[f] > width)
+      return refuse(NOMUL_BAD_ARGUMENT, "a factor cannot have order %lld", sizes[f]);
     order *= sizes[f];
     if (order > width) break;
   }
   if (order > width || width % order)
     return refuse(NOMUL_BAD_ARGUMENT, "blocks of %lld do not divide %lld channels", order, width);
   static thread_local std::vector<float> spare;
-  if ((int64_t)spare.size() < width) spare.resize(width);
+  try {
+    if ((int64_t)spare.size() < width) spare.resize(width);
+  } catch (const std::exception&) {
+    return refuse(NOMUL_NO_MEMORY, "there is no memory for %lld channels", width);
+  }
   for (int64_t t = 0; t < tokens; t++)
     chosen().load()->hadamard(x + t * width, signs, signs_last, width, factors, sizes, columns, y + t * width,
                               spare.data());

@@ -116,6 +116,13 @@ int prepare(const nomul_dense& d, int64_t mode, const float* x, int64_t tokens, 
   return nomul_dense_prepare(&d, (int32_t)mode, x, tokens, scratch);
 }
 
+// The attribute `mode`; numbers that no mode has keep none.
+OrtStatus* mode_of(Table api, const OrtKernelInfo* info, int64_t& mode) {
+  OrtStatus* s = integer(api, info, "mode", mode);
+  mode = std::clamp<int64_t>(mode, INT32_MIN, INT32_MAX);
+  return s;
+}
+
 OrtStatus* create_tiled(const CustomOp*, Table api, const OrtKernelInfo* info, void** out) {
   auto kernel = std::make_unique<Linear<nomul_layout>>();
   kernel->api = api, kernel->name = "nomul::TiledLinear";
@@ -132,7 +139,7 @@ OrtStatus* create_tiled(const CustomOp*, Table api, const OrtKernelInfo* info, v
   }
   if (OrtStatus* s = integer(api, info, "rows", l.rows)) return s;
   if (OrtStatus* s = integer(api, info, "inputs", l.inputs)) return s;
-  if (OrtStatus* s = integer(api, info, "mode", kernel->mode)) return s;
+  if (OrtStatus* s = mode_of(api, info, kernel->mode)) return s;
   const int64_t bytes = nomul_weight_bytes(&l);
   if (bytes < 0 || scratch_bytes(l, 1, kernel->mode) < 0) return failure(api, nomul_error());
   Tensor weight;
@@ -148,7 +155,7 @@ OrtStatus* create_tiled(const CustomOp*, Table api, const OrtKernelInfo* info, v
 OrtStatus* create_dense(const CustomOp*, Table api, const OrtKernelInfo* info, void** out) {
   auto kernel = std::make_unique<Linear<nomul_dense>>();
   kernel->api = api, kernel->name = "nomul::DenseLinear";
-  if (OrtStatus* s = integer(api, info, "mode", kernel->mode)) return s;
+  if (OrtStatus* s = mode_of(api, info, kernel->mode)) return s;
   Tensor weight;
   if (OrtStatus* s = constant(api, info, 1, "the weight", ort::kAny, weight)) return s;
   if ((weight.type != ort::kBfloat16 && weight.type != ort::kFloat16) || weight.dims.size() != 2)
@@ -221,7 +228,8 @@ OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
     return s;
   if (inputs > 2)
     if (OrtStatus* s = input(k.api, context, 2, bias)) return s;
-  if (bias.data && bias.count != k.form.rows)
+  // An empty tensor has a type and no data.
+  if (bias.type && bias.count != k.form.rows)
     return failure(k.api, name + ": the bias must have " + std::to_string(k.form.rows) + " values");
   const int64_t tokens = x.count / k.form.inputs;
   std::vector<int64_t> dims = x.dims;
@@ -254,6 +262,7 @@ OrtStatus* create_hadamard(const CustomOp*, Table api, const OrtKernelInfo* info
   Tensor found;
   if (OrtStatus* s = constant(api, info, 1, "the signs", ort::kFloat, found)) return s;
   kernel->signs = (const float*)found.data, kernel->width = found.count;
+  if (found.count < 1) return failure(api, "nomul::Hadamard: there must be at least one sign");
   for (size_t i = 2; i < inputs; i++) {
     if (OrtStatus* s = constant(api, info, i, "a factor", ort::kFloat, found)) return s;
     if (found.dims.size() != 2 || found.dims[0] != found.dims[1])
@@ -332,6 +341,7 @@ CustomOp completed(CustomOp op) {
 }  // namespace
 
 extern "C" NOMUL_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ort::ApiBase* base) {
+  if (!options || !base) return nullptr;
   const Table api = base->get_api(ort::kVersion);
   if (!api) {
     const Table old = base->get_api(1);
@@ -340,11 +350,14 @@ extern "C" NOMUL_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, co
   static const CustomOp ops[] = {completed(make_tiled()), completed(make_dense()), completed(make_hadamard())};
   // One domain serves all sessions of a process: the runtime keeps a pointer to it.
   static OrtCustomOpDomain* domain = nullptr;
-  static OrtStatus* refused = [&]() -> OrtStatus* {
-    if (OrtStatus* s = call<OrtStatus*>(api, ort::CreateCustomOpDomain, "nomul", &domain)) return s;
+  static const bool made = [&] {
+    OrtStatus* refused = call<OrtStatus*>(api, ort::CreateCustomOpDomain, "nomul", &domain);
     for (const CustomOp& op : ops)
-      if (OrtStatus* s = call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &op)) return s;
-    return nullptr;
+      if (!refused) refused = call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &op);
+    // A status belongs to one caller, and there may be several.
+    if (refused) call<void>(api, ort::ReleaseStatus, refused);
+    return !refused;
   }();
-  return refused ? refused : call<OrtStatus*>(api, ort::AddCustomOpDomain, options, domain);
+  return made ? call<OrtStatus*>(api, ort::AddCustomOpDomain, options, domain)
+              : failure(api, "the runtime does not take the operators of the domain nomul", ort::kFail);
 }
