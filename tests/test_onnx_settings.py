@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from backends.onnxruntime import OnnxRuntime, OnnxRuntimeBackend, SessionOptions
+from backends.onnxruntime import OnnxRuntime, OnnxRuntimeBackend, SessionOptions, nomul_ops
 from backends.onnxruntime.contrib import refuses_contrib
 from backends.onnxruntime.lowering import MODEL_FILE, detours_of, emit_program, node_counts, write_model
 from backends.onnxruntime.tables import library_for
@@ -21,7 +21,7 @@ from ir.program import Program
 from ir.types import TensorType
 from tests.architectures import ids_for
 from tests.architectures import relative_error as outputs_error
-from tests.coded_weights import exact_product, quant_codes, relative_error
+from tests.coded_weights import exact_product, quant_codes, relative_error, shift_codes
 from tests.onnx_runs import function_program, sample, session_outputs
 from tests.test_onnx_compressed import compressed
 from tools import compile
@@ -104,6 +104,24 @@ def test_a_model_gives_what_the_reference_gives(mode: str, tmp_path: Path) -> No
         ours, theirs = runtime.forward(ids), reference.forward(ids)
         limit = 1e-5 if mode == "exact" else 0.1
         assert outputs_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= limit
+
+
+def test_a_program_without_kernels_asks_for_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nomul_ops, "built_library", lambda: tmp_path)
+    small, large = (shift_codes(40, 64, 2, group, 2, True, seed=1, spread=2) for group in (8, 32))
+    found = []
+    for codes in (small, large):
+        function = _planes(codes.group, codes.terms)
+        program = function_program(function, {"x": TensorType(torch.float32, ("batch", "seq", 64))}, codes.tensors())
+        found.append(library_for(program))
+        kernels = [op for op in node_counts(emit_program(program)) if op == "nomul::TiledLinear"]
+        assert bool(kernels) == (found[-1] is not None)
+    assert found == [None, tmp_path]
+
+
+def _planes(group: int, terms: int) -> Callable[..., Any]:
+    op = torch.ops.nomul.shiftadd_linear.default
+    return lambda x, signs, scales, exponents, offsets: op(x, signs, scales, exponents, offsets, None, group, terms)
 
 
 @pytest.mark.parametrize(

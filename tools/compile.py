@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="say what would be done and what it takes, then stop")
     p.add_argument("--dump-ir", default="none", choices=["none", "before", "after", "each"], help="keep text dumps")
     p.add_argument("--verify", default="each", choices=["off", "each", "full"], help="how carefully to check programs")
-    p.add_argument("--strict", action="store_true", help="a site that a pass leaves alone is an error")
+    p.add_argument("--strict", action="store_true", help="a site left alone, or run by no kernel, is an error")
     p.add_argument("--keep-order", action="store_true", help="refuse a pipeline whose order cannot work")
     p.add_argument("--max-kl", type=float, default=3.0, help="quality gate: largest KL to the input model, in nats")
     p.add_argument("--no-gate", action="store_true", help="accept any quality")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,53 +29,81 @@ from ir.ops.nested import NestedCodes
 from ir.ops.packing import unpack_bits
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
-from ir.program import Program, tensor_type_of
+from ir.overloads import bound_args
+from ir.program import Program, is_call, tensor_type_of
 
 VERSION = 1
+# Gives the tensor of an argument of a call.
+Reader = Callable[[Any], Any]
 nomul = torch.ops.nomul
 
 
 def library(program: Program) -> Path | None:
-    """Return the library with nomul's operators; raises UnsupportedError where it can be neither found nor built."""
-    return built_library()
+    """Return the library with nomul's operators, or None for a program that has no call for a kernel.
+
+    Raises UnsupportedError where it can be neither found nor built.
+    """
+    return built_library() if any(map(_takes_kernel, program.graph.nodes)) else None
 
 
-def _shiftadd(e: Emitter, node: fx.Node) -> Result:
-    x, signs, scales, exponents, offsets, bias, group, terms, row_group, code = e.args(node)
-    stored = _present(e, signs), _present(e, scales), _stored(e, exponents), _stored(e, offsets)
-    codes = ShiftCodes(*stored, group, terms, _inputs(x), row_group, code)
-    return _tiled(e, node, codes, x, signs, bias)
+def _takes_kernel(node: fx.Node) -> bool:
+    if node.target not in _CODES:
+        return is_call(node, nomul.hadamard)
+    args = bound_args(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    return args is not None and refuses(_CODES[node.target](args, _outline)) is None
 
 
-def _nested(e: Emitter, node: fx.Node) -> Result:
-    x, signs, scales, exponents, offsets, bias, group, terms, row_group, precisions, precision = e.args(node)
-    parts = _all_present(e, scales), _all_present(e, exponents), _all_present(e, offsets)
-    codes = NestedCodes(_present(e, signs), *parts, group, terms, _inputs(x), row_group, tuple(precisions))
-    return _tiled(e, node, codes.at(precision), x, signs, bias)
+def _shift_codes(args: Sequence[Any], read: Reader) -> ShiftCodes:
+    x, signs, scales, exponents, offsets, _, group, terms, row_group, code = args
+    parts = read(signs), read(scales), read(exponents), read(offsets)
+    return ShiftCodes(*parts, group, terms, _inputs(x), row_group, code)
 
 
-def _quant(e: Emitter, node: fx.Node) -> Result:
-    x, codes, scales, zeros, bias, bits, group = e.args(node)
-    parts = _present(e, codes), _present(e, scales), _stored(e, zeros)
-    weight = QuantCodes(*parts, bits, group, _inputs(x))
+def _nested_codes(args: Sequence[Any], read: Reader) -> ShiftCodes:
+    x, signs, scales, exponents, offsets, _, group, terms, row_group, precisions, precision = args
+    parts = [tuple(map(read, several)) for several in (scales, exponents, offsets)]
+    codes = NestedCodes(
+        read(signs), parts[0], parts[1], parts[2], group, terms, _inputs(x), row_group, tuple(precisions)
+    )
+    return codes.at(precision)
+
+
+def _quant_codes(args: Sequence[Any], read: Reader) -> QuantCodes:
+    x, codes, scales, zeros, _, bits, group = args
+    return QuantCodes(read(codes), read(scales), read(zeros), bits, group, _inputs(x))
+
+
+# A linear's weight of the arguments of its call, whose tensors a function gives; the second one names the weight.
+_CODES: dict[Any, Callable[[Sequence[Any], Reader], ShiftCodes | QuantCodes]] = {
+    nomul.shiftadd_linear.default: _shift_codes,
+    nomul.nested_linear.default: _nested_codes,
+    nomul.quant_linear.default: _quant_codes,
+}
+
+
+def _linear(e: Emitter, node: fx.Node) -> Result:
+    args = e.args(node)
+    _require_floats(args[0])
+    codes = _CODES[node.target](args, partial(_present, e))
+    if isinstance(codes, ShiftCodes):
+        if (no := refuses(codes)) is None:
+            return _tiled(e, codes, args[0], args[1], args[5])
+        e.detour("standard operators", no.reason)
+        return _by_standard_operators(e, codes, args[0], args[1], args[5])
     if e.uniform == "contrib":
-        no = refuses_contrib(weight)
-        if no is None:
-            return add_contrib(e, weight, e.value(x), e.program.params.resolve(str(codes.target)), bias)
+        if (no := refuses_contrib(codes)) is None:
+            return add_contrib(e, codes, e.value(args[0]), e.program.params.resolve(str(args[1].target)), args[4])
         e.detour("the kernel of nomul", no.reason)
-    return _tiled(e, node, weight, x, codes, bias)
+    return _tiled(e, codes, args[0], args[1], args[4])
 
 
-def _tiled(
-    e: Emitter, node: fx.Node, codes: ShiftCodes | QuantCodes, x: fx.Node, stored: fx.Node, bias: fx.Node | None
-) -> Result:
-    """Return x W^T + bias by a kernel that reads W in tile order."""
+def _require_floats(x: fx.Node) -> None:
     if tensor_type_of(x).dtype != torch.float32:
         raise Refused(f"the kernels take float32 activations, and these are {tensor_type_of(x).dtype}")
-    if (no := refuses(codes)) is not None:
-        assert isinstance(codes, ShiftCodes)
-        e.detour("standard operators", no.reason)
-        return _by_standard_operators(e, codes, x, stored, bias)
+
+
+def _tiled(e: Emitter, codes: ShiftCodes | QuantCodes, x: fx.Node, stored: fx.Node, bias: fx.Node | None) -> Result:
+    """Return x W^T + bias by a kernel that reads W in tile order."""
     layout = layout_of(codes)
     e.domain(DOMAIN, VERSION)
     name, shape = f"{e.program.params.resolve(str(stored.target))}.tiles", (layout.tiles, layout.tile_bytes)
@@ -108,8 +136,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 def _hadamard(e: Emitter, node: fx.Node) -> Result:
     x, signs, order, transposed = e.args(node)
-    if tensor_type_of(x).dtype != torch.float32:
-        raise Refused(f"the kernels take float32 activations, and these are {tensor_type_of(x).dtype}")
+    _require_floats(x)
     e.domain(DOMAIN, VERSION)
     diagonal = unpack_bits(_present(e, signs), 1, _inputs(x)).float() * 2 - 1
     factors = [(f if transposed else f.T).float().contiguous() for f in hadamard_factors(order)]
@@ -125,24 +152,20 @@ def _inputs(x: fx.Node) -> int:
     return int(tensor_type_of(x).dims[-1])
 
 
-def _stored(e: Emitter, arg: Any) -> Tensor | None:
-    return None if arg is None else _present(e, arg)
-
-
-def _all_present(e: Emitter, parts: Sequence[Any]) -> tuple[Tensor, ...]:
-    return tuple(_present(e, part) for part in parts)
-
-
-def _present(e: Emitter, arg: Any) -> Tensor:
-    found = e.tensor(arg)
-    if found is None:
+def _present(e: Emitter, arg: Any) -> Any:
+    """Return the tensor of an argument, None for one that is left out."""
+    found = None if arg is None else e.tensor(arg)
+    if found is None and arg is not None:
         raise Refused("its codes are computed, and kernels take constants")
     return found
 
 
-TABLE: dict[Any, Entry] = {
-    nomul.shiftadd_linear.default: _shiftadd,
-    nomul.nested_linear.default: _nested,
-    nomul.quant_linear.default: _quant,
-    nomul.hadamard.default: _hadamard,
-}
+def _outline(arg: Any) -> Any:
+    """Return a tensor without values of an argument's type, None for one that is left out."""
+    if arg is None:
+        return None
+    kind = tensor_type_of(arg)
+    return torch.empty([int(d) for d in kind.dims], dtype=kind.dtype, device="meta")
+
+
+TABLE: dict[Any, Entry] = {**dict.fromkeys(_CODES, _linear), nomul.hadamard.default: _hadamard}
