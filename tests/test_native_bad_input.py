@@ -354,7 +354,7 @@ def test_model_files_that_are_cut_short_or_missing_are_told(tmp_path: Path) -> N
     code = """
 from backends.onnxruntime import OnnxRuntime, SessionOptions
 from backends.onnxruntime.lowering import DATA_FILE, MODEL_FILE, emit_program, write_model
-from backends.onnxruntime.tables import library_for
+from backends.onnxruntime.session import library_for
 from ir.errors import UnsupportedError
 from tests.test_onnx_compressed import compressed
 folder = Path(sys.argv[1])
@@ -362,7 +362,7 @@ program = compressed("llama", "rtn3")
 write_model(emit_program(program), folder)
 data, model = (folder / DATA_FILE), (folder / MODEL_FILE)
 whole, graph = data.read_bytes(), model.read_bytes()
-options = SessionOptions(threads=1, library=library_for(program))
+options = SessionOptions(threads=1, library=library_for(folder))
 def opened():
     return OnnxRuntime(program, folder, options=options)
 opened()

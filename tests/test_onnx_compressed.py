@@ -11,7 +11,7 @@ import pytest
 from backends.detours import detour_lines
 from backends.onnxruntime import OnnxRuntime, OnnxRuntimeBackend, SessionOptions
 from backends.onnxruntime.lowering import detours_of, emit_program, node_counts, write_model
-from backends.onnxruntime.tables import library_for
+from backends.onnxruntime.session import library_for
 from backends.reference.runtime import ReferenceRuntime
 from ir.program import Program
 from passes.base import Context, Log
@@ -52,7 +52,7 @@ def compressed(name: str, pipeline: str) -> Program:
 def opened(program: Program, folder: Path, mode: str) -> OnnxRuntime:
     """Return the program in ONNX Runtime, on one thread."""
     write_model(emit_program(program, mode=mode), folder)
-    return OnnxRuntime(program, folder, options=SessionOptions(threads=1, library=library_for(program)))
+    return OnnxRuntime(program, folder, options=SessionOptions(threads=1, library=library_for(folder)))
 
 
 @pytest.mark.parametrize("mode", LIMITS)

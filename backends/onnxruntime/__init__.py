@@ -21,8 +21,8 @@ from backends.onnxruntime.lowering import (
     write_model,
 )
 from backends.onnxruntime.runtime import OnnxRuntime
-from backends.onnxruntime.session import SessionOptions
-from backends.onnxruntime.tables import library_for, op_names
+from backends.onnxruntime.session import SessionOptions, library_for
+from backends.onnxruntime.tables import op_names
 from ir.artifact import read_program
 from ir.errors import UsageError
 from ir.levels import Level, target_level
@@ -37,8 +37,9 @@ class OnnxRuntimeBackend(Backend):
     opset: version of the standard operators, 21 to 23; fuse: use fused operators for attention, norms and activations,
     or write everything out; mode: how kernels take activations: `14bit`, `8bit` or `exact` (float); uniform: who runs
     uniform codes, nomul's kernel or, with `contrib`, `com.microsoft::MatMulNBits` where it takes them; accuracy_level:
-    of that operator, 4 for activations of 8 bits, 0 for float (default: 4, and 0 in mode `exact`). Raises UsageError
-    for settings that there are not.
+    of that operator, 4 for activations of 8 bits, 0 for float (default: 4, and 0 in mode `exact`); narrow: store
+    float32 weights that consist of 16-bit floats as these, and multiply with them so. Raises UsageError for settings
+    that there are not.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -48,6 +49,7 @@ class OnnxRuntimeBackend(Backend):
     mode: str = DEFAULT_MODE
     uniform: Uniform = "own"
     accuracy_level: int | None = None
+    narrow: bool = True
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -78,17 +80,18 @@ class OnnxRuntimeBackend(Backend):
         Returns the sites that standard operators run, or that nomul's kernel runs where `contrib` was asked for.
         """
         self.require(program)
-        model = emit_program(program, self.opset, self.fuse, self.mode, self.uniform, self.accuracy_level)
+        settings = self.opset, self.fuse, self.mode, self.uniform, self.accuracy_level, self.narrow
+        model = emit_program(program, *settings)
         write_model(model, folder)
         return detours_of(model)
 
     def load(self, folder: Path, options: SessionOptions | None = None) -> OnnxRuntime:
         """Return the runtime of an artifact folder; raises UnsupportedError when it holds nothing for this backend.
 
-        options: default: all cores, and the library that the program's operators need.
+        options: default: all cores, and the library that the file's operators need.
         """
         program = read_program(folder)
-        return OnnxRuntime(program, folder, options=options or SessionOptions(library=library_for(program)))
+        return OnnxRuntime(program, folder, options=options or SessionOptions(library=library_for(folder)))
 
 
 BACKEND = OnnxRuntimeBackend()

@@ -83,9 +83,11 @@ class Emitter:
         mode: str = DEFAULT_MODE,
         uniform: Uniform = "own",
         accuracy: int = 4,
+        narrow: bool = True,
     ) -> None:
         self.program, self.opset, self.fuse, self.mode = program, opset, fuse, mode
-        self.uniform, self.accuracy = uniform, accuracy
+        self.uniform, self.accuracy, self.narrow = uniform, accuracy, narrow
+        self.narrow_dtypes: dict[str, torch.dtype | None] = {}
         self._table, self._ir = table, package("onnx_ir")
         self._values: dict[fx.Node, Result] = {}
         self._made: dict[Any, tuple[Any, ...]] = {}

@@ -9,6 +9,7 @@ from torch import fx
 
 from backends.onnxruntime.elementwise import operand
 from backends.onnxruntime.emitter import CONTRIB, Emitter, Entry, Refused, Result
+from backends.onnxruntime.narrow import narrow_product
 from backends.onnxruntime.shapes import rank_of
 from ir.program import tensor_type_of
 
@@ -25,6 +26,8 @@ def product(e: Emitter, value: Any, x: fx.Node, weight: fx.Node, bias: Any | Non
 
     value: what stands for x, of its rank and dtype.
     """
+    if tensor_type_of(x).dtype == torch.float32 and (found := narrow_product(e, value, weight, bias)) is not None:
+        return found
     if rank_of(x) == 2:
         return e.add("Gemm", value, e.value(weight), bias, transB=1)
     if e.fuse and tensor_type_of(weight).dtype == torch.float32:

@@ -36,18 +36,20 @@ def emit_program(
     mode: str = DEFAULT_MODE,
     uniform: Uniform = "own",
     accuracy_level: int | None = None,
+    narrow: bool = True,
 ) -> Any:
     """Return the `onnx_ir.Model` of a program, weights unread.
 
     mode: how kernels take activations, one of `backends.native.library.MODES`; uniform: `contrib` gives uniform codes
-    to `com.microsoft::MatMulNBits` where it takes them; accuracy_level: of that, by default what fits the mode. Raises
-    UnsupportedError that names every call without an ONNX form, with the reason.
+    to `com.microsoft::MatMulNBits` where it takes them; accuracy_level: of that, by default what fits the mode; narrow:
+    store float32 weights that consist of 16-bit floats as these. Raises UnsupportedError that names every call without
+    an ONNX form, with the reason.
     """
     if opset not in OPSETS:
         raise UnsupportedError(
             f"opset {opset} cannot be written", where=program.name, fix=f"use one of {', '.join(map(str, OPSETS))}"
         )
-    emitter = Emitter(program, whole_table(), opset, fuse, mode, uniform, accuracy_of(mode, accuracy_level))
+    emitter = Emitter(program, whole_table(), opset, fuse, mode, uniform, accuracy_of(mode, accuracy_level), narrow)
     fused = plan(program, opset, own_groups()) if fuse else ()
     refused = _emit_nodes(emitter, program, fused)
     if refused:

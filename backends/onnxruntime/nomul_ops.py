@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from backends.native.build import built_library
 from backends.native.layout import layout_of, pack, refuses
 from backends.native.library import MODES
 from backends.onnxruntime.coded import NAME as CODED
@@ -19,6 +17,7 @@ from backends.onnxruntime.contrib import add_contrib, refuses_contrib
 from backends.onnxruntime.emitter import Emitter, Entry, Refused, Result
 from backends.onnxruntime.twins import (
     DOMAIN,
+    VERSION,
     linear_function,
     linear_overload,
     rotation_function,
@@ -29,28 +28,11 @@ from ir.ops.nested import NestedCodes
 from ir.ops.packing import unpack_bits
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
-from ir.overloads import bound_args
-from ir.program import Program, is_call, tensor_type_of
+from ir.program import tensor_type_of
 
-VERSION = 1
 # Gives the tensor of an argument of a call.
 Reader = Callable[[Any], Any]
 nomul = torch.ops.nomul
-
-
-def library(program: Program) -> Path | None:
-    """Return the library with nomul's operators, or None for a program that has no call for a kernel.
-
-    Raises UnsupportedError where it can be neither found nor built.
-    """
-    return built_library() if any(map(_takes_kernel, program.graph.nodes)) else None
-
-
-def _takes_kernel(node: fx.Node) -> bool:
-    if node.target not in _CODES:
-        return is_call(node, nomul.hadamard)
-    args = bound_args(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-    return args is not None and refuses(_CODES[node.target](args, _outline)) is None
 
 
 def _shift_codes(args: Sequence[Any], read: Reader) -> ShiftCodes:
@@ -158,14 +140,6 @@ def _present(e: Emitter, arg: Any) -> Any:
     if found is None and arg is not None:
         raise Refused("its codes are computed, and kernels take constants")
     return found
-
-
-def _outline(arg: Any) -> Any:
-    """Return a tensor without values of an argument's type, None for one that is left out."""
-    if arg is None:
-        return None
-    kind = tensor_type_of(arg)
-    return torch.empty([int(d) for d in kind.dims], dtype=kind.dtype, device="meta")
 
 
 TABLE: dict[Any, Entry] = {**dict.fromkeys(_CODES, _linear), nomul.hadamard.default: _hadamard}

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.native.build import require_whole
+from backends.native.build import built_library, require_whole
 from backends.onnxruntime.lowering import DATA_FILE, MODEL_FILE
 from backends.onnxruntime.packages import package
+from backends.onnxruntime.twins import DOMAIN, KERNELS
 from ir.errors import UnsupportedError, UsageError
 
 _LEVELS = {"basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL", "none": "ORT_DISABLE_ALL"}
@@ -34,6 +35,21 @@ class SessionOptions:
             )
         if self.optimise not in _LEVELS:
             raise UsageError(f"optimise cannot be {self.optimise}", fix=f"use one of {', '.join(_LEVELS)}")
+
+
+def library_for(folder: Path) -> Path | None:
+    """Return the library with nomul's operators where the model file of a folder calls any that it has, else None.
+
+    Raises UnsupportedError where the library can be neither found nor built.
+    """
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = package("onnx").load(str(folder / MODEL_FILE), load_external_data=False)
+    except (OSError, DecodeError):
+        return None  # opening the session says what is wrong with the file
+    called = any(node.domain == DOMAIN and node.op_type in KERNELS for node in model.graph.node)
+    return built_library() if called else None
 
 
 def open_session(folder: Path, options: SessionOptions) -> Any:

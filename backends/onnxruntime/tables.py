@@ -1,8 +1,7 @@
 """The whole operator table: standard operators here, those of nomul from `nomul_ops` where it is there.
 
-`nomul_ops` has `TABLE`, of the same form as those here, and `library(program)`: the path of the library that the
-operators of its domain need, or None where the file brings functions for all that it calls. It may have `GROUPS`:
-functions of the program that return `groups.Fused`, for calls that are better emitted together.
+`nomul_ops` has `TABLE`, of the same form as those here. It may have `GROUPS`: functions of the program that return
+`groups.Fused`, for calls that are better emitted together.
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from backends.onnxruntime import attention, elementwise, experts, indexing, linear, reductions, shapes, sizes
 from backends.onnxruntime.emitter import Entry
-from ir.program import Program
 from ir.text import op_name
 
 _NOMUL = "backends.onnxruntime.nomul_ops"
@@ -44,15 +41,6 @@ def whole_table() -> dict[Any, Entry]:
 def own_groups() -> tuple[Any, ...]:
     """Return the functions that find groups of nomul's operators."""
     return tuple(getattr(importlib.import_module(_NOMUL), "GROUPS", ())) if find_spec(_NOMUL) is not None else ()
-
-
-def library_for(program: Program) -> Path | None:
-    """Return the library with the custom operators that a program's file calls; None when it calls none."""
-    calls = (n for n in program.graph.nodes if n.op == "call_function")
-    if find_spec(_NOMUL) is None or all(n.target in STANDARD for n in calls):
-        return None
-    found: Path | None = importlib.import_module(_NOMUL).library(program)
-    return found
 
 
 def op_names() -> frozenset[str]:

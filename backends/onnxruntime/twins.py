@@ -16,7 +16,9 @@ from backends.native.layout import NO_OFFSET, OFFSET, ZERO_POINT, Layout
 from backends.onnxruntime import coded_values as values
 from backends.onnxruntime.bodies import Body, result_of, rows_of
 
-DOMAIN = "nomul"
+DOMAIN, VERSION = "nomul", 1
+# Operators that the library has kernels for; the domain has others that are functions only.
+KERNELS = ("TiledLinear", "DenseLinear", "Hadamard")
 _LANES, _HALVES, _CHUNK = 16, 2, 32
 _ROWS = _LANES * _HALVES
 
