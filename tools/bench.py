@@ -13,6 +13,7 @@ from tools import console
 from tools.entry import run
 
 if TYPE_CHECKING:
+    from tools.decode_bench import Settings as DecodeSettings
     from tools.kernel_bench import Settings as KernelSettings
     from tools.solver_bench import Settings as SolverSettings
 
@@ -21,15 +22,19 @@ _SOLVER_SHAPES, _QUICK_SOLVER_SHAPES = ["576x576", "1536x576", "4096x4096"], ["5
 _KERNEL_SHAPES = ["4096x4096", "4096x11008", "11008x4096", "1536x576", "576x1536", "192x576"]
 _QUICK_KERNEL_SHAPES = ["1536x576"]
 _TOKENS, _QUICK_TOKENS = [1, 4, 16, 128], [1]
+_HEADS, _MOST_THREADS = ["float", "quantized"], 1024
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this command's options."""
     p = argparse.ArgumentParser(prog="nomul bench", description=__doc__)
-    kinds = p.add_subparsers(dest="what", required=True, metavar="solver | kernels")
+    kinds = p.add_subparsers(dest="what", required=True, metavar="solver | kernels | decode")
     _solver_options(kinds.add_parser("solver", help="the shift-add solver against the float work on the same layer"))
     _kernel_options(kinds.add_parser("kernels", help="our kernels against ONNX Runtime's and a read of memory"))
+    _decode_options(
+        kinds.add_parser("decode", help="an artifact in ONNX Runtime against its model in float32 and 4-bit")
+    )
     return p
 
 
@@ -48,6 +53,16 @@ def _kernel_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--modes", nargs="+", metavar="MODE", help="how activations enter (14bit 8bit exact)")
     p.add_argument("--where", nargs="+", metavar="hot|cold", help="weights in the cache, or not (hot cold)")
     p.add_argument("--quick", action="store_true", help="short samples; one small layer, token and thread by default")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _decode_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("artifact", metavar="ARTIFACT", help="compiled with --target onnxruntime")
+    p.add_argument("--against", metavar="MODEL", help="the model it was made from (default: as its report says)")
+    p.add_argument("--threads", nargs="+", type=int, metavar="N", help="threads (1 2)")
+    p.add_argument("--head", nargs="+", metavar="HEAD", help="of the 4-bit model: float quantized (default: both)")
+    p.add_argument("--rounds", type=int, metavar="N", help="samples of every figure (5)")
+    p.add_argument("--quick", action="store_true", help="two short samples on one thread by default")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -86,7 +101,16 @@ def _kernels(options: argparse.Namespace) -> tuple[object, str]:
     return found, as_text(found)
 
 
-_COMMANDS = {"solver": _solver, "kernels": _kernels}
+def _decode(options: argparse.Namespace) -> tuple[object, str]:
+    settings = _decode_settings(options)
+    from tools.decode_bench import measure
+    from tools.decode_text import as_text
+
+    found = measure(settings, console.note)
+    return found, as_text(found)
+
+
+_COMMANDS = {"solver": _solver, "kernels": _kernels, "decode": _decode}
 
 
 def _solver_settings(options: argparse.Namespace) -> SolverSettings:
@@ -104,16 +128,36 @@ def _kernel_settings(options: argparse.Namespace) -> KernelSettings:
     tokens = options.tokens or (_QUICK_TOKENS if quick else _TOKENS)
     threads = options.threads or ([1] if quick else [1, 2])
     modes = options.modes or ["14bit", "8bit", "exact"]
-    for name, values in (("--tokens", tokens), ("--threads", threads), ("--bits", options.bits)):
-        most = 8 if name == "--bits" else 1 << 20
-        if not all(1 <= v <= most for v in values):
-            raise UsageError(f"{name} cannot be {' '.join(map(str, values))}", where=name, why=f"1 to {most} can be")
+    _check_range("--tokens", tokens, 1 << 20)
+    _check_range("--threads", threads, _MOST_THREADS)
+    _check_range("--bits", options.bits, 8)
     from tools.kernel_bench import WHERE, Settings
 
     where = options.where or WHERE
     _check_known("--modes", modes, tuple(MODES))
     _check_known("--where", where, WHERE)
     return Settings(shapes, _once(tokens), _once(threads), _once(options.bits), _once(modes), _once(where), quick)
+
+
+def _decode_settings(options: argparse.Namespace) -> DecodeSettings:
+    from pathlib import Path
+
+    threads = options.threads or ([1] if options.quick else [1, 2])
+    heads = options.head or _HEADS
+    _check_range("--threads", threads, _MOST_THREADS)
+    _check_known("--head", heads, _HEADS)
+    rounds = (2 if options.quick else 5) if options.rounds is None else options.rounds
+    _check_range("--rounds", [rounds], 1000)
+    from tools.decode_bench import Settings
+
+    artifact = Path(options.artifact).expanduser()
+    return Settings(artifact, options.against, _once(threads), _once(heads), rounds, options.quick)
+
+
+def _check_range(name: str, values: Sequence[int], most: int) -> None:
+    for value in values:
+        if not 1 <= value <= most:
+            raise UsageError(f"{name} cannot be {value}", where=name, why=f"it must be 1 to {most}")
 
 
 def _check_known(name: str, values: Sequence[str], known: Sequence[str]) -> None:
