@@ -30,6 +30,8 @@ _CALL, _LEAST = "call", 1e-9
 _ROUNDS, _SECONDS, _QUICK_SECONDS = 7, 0.02, 0.002
 # Distinct weights that a cold sample reads, and the other memory read before it.
 _COLD_BYTES, _QUICK_COLD_BYTES = 1 << 27, 1 << 20
+# Thousands of nodes take long to make.
+_COPIES, _QUICK_COPIES = 1024, 8
 _SWEEP_BYTES, _QUICK_SWEEP_BYTES = 1 << 29, 1 << 23
 # Operators that unpack the whole weight in every call: a few samples do.
 _SLOW = ((2, 0), (8, 0))
@@ -99,7 +101,7 @@ def _how(settings: Settings) -> dict[str, Any]:
         "rounds": _ROUNDS,
         "statistic": "median of the rounds, all candidates in each; what an empty run takes is taken off",
         "hot": "one layer over and over, run once before each sample",
-        "cold": f"copies of {settings.cold_bytes} bytes or one layer, read once after {settings.sweep_bytes} others",
+        "cold": f"copies of about {settings.cold_bytes} bytes, read once after {settings.sweep_bytes} others",
         "quick": settings.quick,
     }
 
@@ -180,7 +182,8 @@ def _bound_direct(copies: list[Packed], mode: str, threads: int, x: Tensor, out:
 
 def _copies(nbytes: int, settings: Settings) -> tuple[int, ...]:
     """Return how many copies of a weight a cold sample reads; none where nothing cold is measured."""
-    return (max(1, round(settings.cold_bytes / nbytes)),) if "cold" in settings.where else ()
+    most = _QUICK_COPIES if settings.quick else _COPIES
+    return (max(1, min(most, round(settings.cold_bytes / nbytes))),) if "cold" in settings.where else ()
 
 
 def _of_case(
