@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from backends.native.library import MODES
 from ir.errors import UnsupportedError
 from ir.ops.codes import group_count
 from ir.ops.shiftcode import ShiftCodes, encode
+from passes.memory import give_back_memory
 
 OPSET, IR_VERSION = 21, 10
 CONTRIB, OWN = "com.microsoft", "nomul"
@@ -98,6 +101,7 @@ class Layers:
     def __init__(self, op: LinearOp, layers: int, threads: int) -> None:
         self.op, self.layers = op, layers
         self._session = _session(_model(op, layers), threads)
+        give_back_memory()
 
     def bound(self, x: Tensor, out: Tensor) -> Callable[[int], None]:
         """Return what runs all layers n times on x [tokens, inputs] into out [tokens, rows]."""
@@ -197,9 +201,15 @@ def _session(model: bytes, threads: int) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
+    # Weights outside the arena: what packing leaves behind goes back to the system.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     options.register_custom_ops_library(str(built_library()))
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        # Given bytes, a session would keep them beside what it reads from them.
+        with tempfile.TemporaryDirectory(prefix="nomul-bench-") as folder:
+            path = Path(folder) / "model.onnx"
+            path.write_bytes(model)
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     # The runtime's exceptions have no common base of their own.
     except Exception as error:
         lines = str(error).splitlines()

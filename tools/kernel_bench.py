@@ -203,7 +203,7 @@ def _of_case(
     rows = [row for size in streams.sizes for row in _stream_rows(case, size, timings)]
     rows += _subject_rows(case, subjects, layers, streams, timings)
     marks = disturbances(load_before, [timings[name_of(n, False)] for n in streams.sizes])
-    yield from (row | {"marks": marks} for row in rows)
+    yield from (row | {"load": load_before, "marks": marks} for row in rows)
 
 
 def _plan(cold: bool, threads: int, sweep: Tensor, settings: Settings) -> Plan:
