@@ -64,18 +64,35 @@ def test_the_figures_are_readable_too(found: dict[str, object]) -> None:
     assert "24x64" in text and "scaled to 65536" in text and "beyond the layer" in text and "columns" in text
 
 
-@pytest.mark.parametrize("arguments", [["out/smol"], ["solver", "--shapes", "4096"], ["solver", "--shapes", "0x8"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["out/smol"],
+        ["solver", "--shapes", "4096"],
+        ["solver", "--shapes", "0x8"],
+        ["kernels", "--shapes", "64x"],
+        ["kernels", "--tokens", "0"],
+        ["kernels", "--threads", "-1"],
+        ["kernels", "--bits", "9"],
+        ["kernels", "--modes", "7bit"],
+        ["kernels", "--where", "warm"],
+        ["decode", "out/smol", "--head", "none"],
+        ["decode", "out/smol", "--rounds", "0"],
+    ],
+)
 def test_what_cannot_be_measured_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(main, [*arguments, "--quick"]) == 2
+    what, *rest = arguments
+    assert run(main, [what, "--quick", *rest] if rest else arguments) == 2
     text = capsys.readouterr()
     assert not text.out and arguments[-1] in text.err
 
 
-def test_help_imports_no_torch() -> None:
+@pytest.mark.parametrize("what", ["solver", "kernels", "decode"])
+def test_help_imports_no_torch(what: str) -> None:
     code = (
         "import sys, tools.bench as t\n"
-        "try: t.main(['--help'])\n"
+        f"try: t.main(['{what}', '--help'])\n"
         "except SystemExit as end: sys.exit(end.code or 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
-    assert "--json" in done.stdout and "solver" in done.stdout
+    assert "--json" in done.stdout and f"nomul bench {what}" in done.stdout

@@ -159,7 +159,7 @@ def test_an_artifact_records_its_settings_and_detours(
     assert line in capsys.readouterr().out
     manifest, report = (json.loads((out / name).read_text()) for name in ("manifest.json", "report.json"))
     assert manifest["target_settings"] == {
-        "opset": 23, "fuse": True, "mode": "exact", "uniform": "contrib", "accuracy_level": 0
+        "opset": 23, "fuse": True, "mode": "exact", "uniform": "contrib", "accuracy_level": 0, "narrow": True
     }  # fmt: skip
     assert line in report["notes"] and len(report["detours"]) == 14
     assert set(report["detours"][0]) == {"site", "runs_by", "reason"}

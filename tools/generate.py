@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ir.errors import UnsupportedError
 from tools import console
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--target", metavar="NAME", help="run on this backend (default: the one it was compiled for)")
     p.add_argument("--planes", type=int, metavar="N", help="planes that nested linears use (default: as stored)")
     p.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    p.add_argument("--stats", action="store_true", help="say how fast, in what memory and by which kernels it ran")
     p.add_argument("--json", action="store_true", help="print one JSON object when done")
     return p
 
@@ -51,11 +52,15 @@ def main(argv: Sequence[str]) -> int:
         seed=options.seed,
         on_text=None if options.json else _stream,
     )
+    stats = _stats(runtime, result) if options.stats else None
     if options.json:
-        console.print_json({**asdict(result), "tokens_per_second": result.tokens_per_second})
+        found = {**asdict(result), "tokens_per_second": result.tokens_per_second}
+        console.print_json(found if stats is None else {**found, "stats": stats})
     else:
         print()
     console.note(_speed(result))
+    if stats is not None:
+        console.note(_stats_text(stats))
     return 0
 
 
@@ -85,6 +90,38 @@ def _speed(result: Generation) -> str:
     speed = f"{result.tokens_per_second:.1f} tokens/s" if result.decode_seconds else "-"
     ended = "end of text" if result.stopped == "end" else "length limit"
     return f"{prompt} tokens read in {result.prefill_seconds:.2f} s, {new} written at {speed}, stopped at {ended}"
+
+
+def _stats(runtime: Runtime, result: Generation) -> dict[str, Any]:
+    """Return speeds, peak memory and the kernel of every linear, for the onnxruntime backend as its files tell."""
+    from backends.onnxruntime.runtime import OnnxRuntime
+    from backends.reference.runtime import ReferenceRuntime
+    from tools.peak import peak_bytes
+    from tools.site_kernels import kernel_lines, site_kernels
+
+    sites = site_kernels(runtime.folder) if isinstance(runtime, OnnxRuntime) and runtime.folder else []
+    reference = f"all by the reference backend, mode {runtime.mode}" if isinstance(runtime, ReferenceRuntime) else ""
+    return {
+        "prefill_tokens_per_second": len(result.prompt_ids) / result.prefill_seconds,
+        "first_token_seconds": result.prefill_seconds,
+        "decode_tokens_per_second": result.tokens_per_second,
+        "peak_bytes": peak_bytes(),
+        "sites": [asdict(site) for site in sites],
+        "kernels": kernel_lines(sites) or [reference or "not told by this backend"],
+    }
+
+
+def _stats_text(stats: dict[str, Any]) -> str:
+    peak = "not told by this system" if stats["peak_bytes"] is None else console.size_text(stats["peak_bytes"])
+    return "\n".join(
+        [
+            f"prefill   {stats['prefill_tokens_per_second']:.1f} tokens/s, first token after "
+            f"{stats['first_token_seconds']:.2f} s",
+            f"decode    {stats['decode_tokens_per_second']:.1f} tokens/s",
+            f"memory    {peak} at most, Python and its packages included",
+            *(f"{'linears' if i == 0 else '':10}{line}" for i, line in enumerate(stats["kernels"])),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ _QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 _UNITS = {
     "dispatch": ("-O2",),
     "ort": ("-O2",),
+    "stream": ("-O3",),
     # Its loops over sixteen rows take -O3 long to compile and gain little.
     "level_portable": ("-O2",),
     "level_avx2": ("-O3", "-mavx2", "-mfma", "-mf16c"),
@@ -41,7 +42,7 @@ _UNITS = {
     ),
 }
 _UNITS["level_amx"] = (*_UNITS["level_avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
-_ANYWHERE = ("dispatch", "ort", "level_portable")
+_ANYWHERE = ("dispatch", "ort", "stream", "level_portable")
 _WAIT = 600.0
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
-from functools import cache
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -34,6 +34,9 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1}
 
 _SIGNATURES = {
     "nomul_weight_bytes": (c_int64, [POINTER(_Layout)]),
+    "nomul_scratch_bytes": (c_int64, [POINTER(_Layout), c_int64, c_int32]),
+    "nomul_prepare": (c_int, [POINTER(_Layout), c_int32, c_void_p, c_int64, c_void_p]),
+    "nomul_stream": (c_uint64, [c_void_p, c_int64, c_int64, c_int32, c_int32]),
     "nomul_linear": (
         c_int,
         [POINTER(_Layout), c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32],
@@ -192,6 +195,34 @@ class Library:
             )
         )
         return out.reshape(x.shape)
+
+    def stream(self, data: Tensor, times: int = 1, threads: int = 1, in_order: bool = False) -> int:
+        """Read a tensor's memory, a part a thread, `times` times over, and return a number that depends on all of it.
+
+        in_order: byte after byte; else eight pages at once, which is as fast as memory gives.
+        """
+        found: int = self._handle.nomul_stream(data.data_ptr(), data.nbytes, times, threads, int(in_order))
+        return found
+
+    def linear_call(self, x: Tensor, weight: Packed, out: Tensor, mode: str, threads: int) -> Callable[[], int]:
+        """Return a call of `linear` with its arguments bound, for timing: out [..., N] takes the result.
+
+        x, weight and out must outlive it.
+        """
+        layout, data = weight.layout, weight.data
+        _check(x, None, layout.rows, layout.inputs, mode)
+        pointers = data.data_ptr(), data.numel(), None, x.data_ptr(), x.numel() // layout.inputs, out.data_ptr()
+        return partial(self._handle.nomul_linear, byref(_struct(layout)), MODES[mode], *pointers, threads)
+
+    def prepare_call(self, x: Tensor, layout: Layout, mode: str) -> Callable[[], object]:
+        """Return a call that makes the tables of activations x [..., K], for timing; x must outlive it."""
+        _check(x, None, layout.rows, layout.inputs, mode)
+        struct, tokens = _struct(layout), x.numel() // layout.inputs
+        room = torch.empty(self._handle.nomul_scratch_bytes(byref(struct), tokens, MODES[mode]) + 64, dtype=torch.uint8)
+        # The kernels want it at a multiple of 64 bytes, and a view keeps the memory alive.
+        scratch = room[-room.data_ptr() % 64 :]
+        call = partial(self._handle.nomul_prepare, byref(struct), MODES[mode], x.data_ptr(), tokens)
+        return lambda: call(scratch.data_ptr())
 
     def _done(self, code: int) -> None:
         if code:

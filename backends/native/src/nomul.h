@@ -80,6 +80,10 @@ NOMUL_API int nomul_decode(const nomul_layout* layout, const uint8_t* weight, in
 NOMUL_API int nomul_hadamard(const float* x, int64_t tokens, int64_t width, const float* signs, int32_t signs_last,
                              int64_t factors, const int64_t* sizes, const float* const* columns, float* y);
 
+// Read `bytes` bytes `times` times, each of `threads` threads its part; what is returned depends on all of them.
+// in_order: from the first to the last byte; else eight pages at once, which is faster where caches do not hold them.
+NOMUL_API uint64_t nomul_stream(const void* data, int64_t bytes, int64_t times, int32_t threads, int32_t in_order);
+
 // The level in use (`portable`, `avx2`, `avx512`, `amx`), the levels this CPU can run, comma separated; choose one.
 NOMUL_API const char* nomul_level(void);
 NOMUL_API const char* nomul_levels(void);
