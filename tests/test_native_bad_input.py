@@ -444,6 +444,9 @@ refused("nomul_hadamard", *good)
     assert len(lines) == 42 and all(len(line.split()) > 3 for line in lines)
 
 
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer needs address space without limit"
+)
 def test_more_threads_than_can_be_had_give_the_same() -> None:
     code = """
 import resource
