@@ -66,9 +66,9 @@ test-native: venv
 	CXX="$(CXX)" CXXFLAGS="$(MEMORY)" XDG_CACHE_HOME=$(SANITIZED) $(BIN)/python -c \
 	    "from backends.native.build import built_library; print(built_library())"
 	CXX="$(CXX)" CXXFLAGS="$(MEMORY)" XDG_CACHE_HOME=$(SANITIZED) OMP_NUM_THREADS=1 \
-	    ASAN_OPTIONS=detect_leaks=0,log_path=$(SANITIZED)/asan UBSAN_OPTIONS=print_stacktrace=1 \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	    $(BIN)/python -m pytest -p no:xdist tests/test_native_kernels.py tests/test_onnx_kernels.py \
+	    $(BIN)/python -m pytest -n 0 --capture=sys tests/test_native_kernels.py tests/test_onnx_kernels.py \
 	    tests/test_native_bad_input.py $(PYTEST_ARGS)
 
 test-real: venv
