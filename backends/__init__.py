@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "nomul.backends"
 DEFAULT = "reference"
 
-_BUILT_IN = {DEFAULT: "backends.reference:BACKEND", "onnxruntime": "backends.onnxruntime:BACKEND"}
+_BUILT_IN = {
+    DEFAULT: "backends.reference:BACKEND",
+    "onnxruntime": "backends.onnxruntime:BACKEND",
+    "native": "backends.native.backend:BACKEND",
+}
 
 
 @cache

@@ -1,213 +1,19 @@
-"""Damaged libraries, models and arguments for the kernels: an exception that says what is wrong, never a crash.
-
-Where a missing check would end the process, the case runs in a process of its own.
-"""
+"""Models and arguments that do not fit the kernels: an exception that says what is wrong, never a crash."""
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 
-from backends.native import build as building
-from backends.native.build import built_library, find_compiler, stamp_of
 from backends.native.layout import Layout, Packed, pack
 from backends.native.library import MODES, Library, load
 from ir.errors import UnsupportedError, UsageError
 from tests.coded_weights import shift_codes
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# What every piece of code below starts from; `told` prints the message of the error that a call must raise.
-START = """
-import ctypes, sys
-from pathlib import Path
-import numpy as np, torch
-from backends.native.layout import Packed, pack
-from backends.native.library import MODES, load
-from tests.coded_weights import quant_codes, shift_codes
-PACKED = pack(shift_codes(40, 96, 3, 32, 2, True, seed=3, spread=2))
-def told(call, kind=Exception):
-    try:
-        call()
-    except kind as error:
-        print(" ".join(str(error).split()))
-    else:
-        raise AssertionError("nothing was raised")
-"""
-
-
-def lines_of(code: str, *arguments: object, **environment: str) -> list[str]:
-    """Return the lines that Python code prints in a process of its own, which must end well."""
-    done = subprocess.run(
-        [sys.executable, "-c", START + code, *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        timeout=300,
-    )
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout.splitlines()
-
-
-def stamped(path: Path) -> Path:
-    """Return a file after giving it a stamp that vouches for it."""
-    found = {"sources": "0", "sha256": sha256(path.read_bytes()).hexdigest()}
-    stamp_of(path).write_text(json.dumps(found), encoding="utf-8")
-    return path
-
-
-def compiled(path: Path, code: str) -> Path:
-    """Return a shared library of C++ code, stamped."""
-    source = path.with_suffix(".cpp")
-    source.write_text(code, encoding="utf-8")
-    subprocess.run([find_compiler(), "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
-    return stamped(path)
-
-
-OPEN = """
-from backends.onnxruntime.session import SessionOptions, open_session
-from ir.errors import UnsupportedError
-(Path(sys.argv[1]) / "model.onnx").touch()
-for name in sys.argv[2:]:
-    told(lambda: load(Path(name)), UnsupportedError)
-    told(lambda: open_session(Path(sys.argv[1]), SessionOptions(library=Path(name))), UnsupportedError)
-"""
-
-
-def test_a_library_that_was_cut_short_is_not_loaded(tmp_path: Path) -> None:
-    whole, stamp = built_library().read_bytes(), stamp_of(built_library()).read_bytes()
-    names = []
-    for size in (0, 63, 4096, len(whole) // 2, len(whole) - 1):
-        names.append(tmp_path / f"{size}.so")
-        names[-1].write_bytes(whole[:size])
-        stamp_of(names[-1]).write_bytes(stamp)
-    changed = bytearray(whole)
-    changed[len(whole) // 3] ^= 1
-    names.append(tmp_path / "changed.so")
-    names[-1].write_bytes(changed)
-    stamp_of(names[-1]).write_bytes(stamp)
-    lines = lines_of(OPEN, tmp_path, *names)
-    assert len(lines) == 2 * len(names)
-    for line, name in zip(lines, [n for n in names for _ in "ab"], strict=True):
-        assert "the kernel library cannot be loaded" in line and "it is damaged" in line and str(name) in line
-
-
-def test_a_file_that_is_no_library_of_nomul_is_not_loaded(tmp_path: Path) -> None:
-    bare, text = tmp_path / "bare.so", tmp_path / "text.so"
-    shutil.copy2(built_library(), bare)
-    text.write_text("not a library", encoding="utf-8")
-    other = compiled(tmp_path / "other.so", 'extern "C" int nomul_version() { return 1; }')
-    broken = tmp_path / "broken.so"
-    shutil.copy2(built_library(), broken)
-    stamp_of(broken).write_text("[1", encoding="utf-8")
-    lines = lines_of(OPEN, tmp_path, bare, stamped(text), other, broken, tmp_path / "missing.so")
-    assert "it has no stamp bare.json" in lines[0] and "it has no stamp bare.json" in lines[1]
-    assert "text.so" in lines[2] and "text.so" in lines[3]
-    assert "undefined symbol" in lines[4] and "RegisterCustomOps" in lines[5]
-    assert "it has no stamp broken.json" in lines[6] and "there is no such file" in lines[8]
-
-
-def test_a_library_of_another_layout_version_is_not_used(tmp_path: Path) -> None:
-    from backends.native.library import _SIGNATURES
-
-    names = [n for n in _SIGNATURES if n != "nomul_version"]
-    code = "\n".join(f'extern "C" void {n}() {{}}' for n in names) + 'extern "C" int nomul_version() { return 2; }'
-    with pytest.raises(UnsupportedError, match="weight layout 2, this is 1"):
-        load(compiled(tmp_path / "later.so", code))
-
-
-@pytest.fixture
-def copying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a compiler that copies the library it is to link; the log of what it linked."""
-    script, log = tmp_path / "compiler", tmp_path / "log"
-    log.touch()
-    script.write_text(
-        f"""#!/bin/sh
-while [ $# -gt 0 ]; do
-  case $1 in
-    --version) echo copying 1 ;;
-    -shared) linking=1 ;;
-    -o) out=$2 ;;
-  esac
-  shift
-done
-[ -z "$out" ] || : > "$out"
-[ -z "$linking" ] || {{ sleep 0.5; cp '{built_library()}' "$out"; echo linked >> '{log}'; }}
-""",
-        encoding="utf-8",
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", str(script))
-    return log
-
-
-def test_a_damaged_library_in_the_cache_is_built_again(copying: Path) -> None:
-    library = built_library()
-    assert library == built_library() and copying.read_text() == "linked\n"
-    library.write_bytes(library.read_bytes()[:5000])
-    assert library == built_library() and load(library).levels
-    stamp_of(library).unlink()
-    assert library == built_library() and copying.read_text() == "linked\n" * 3
-    assert not list(library.parent.glob("*.tmp"))
-
-
-def test_processes_that_start_together_build_once(copying: Path) -> None:
-    code = "from backends.native.build import built_library; print(built_library())"
-    command = [sys.executable, "-c", code]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(6)]
-    found = {run.communicate(timeout=120)[0] for run in runs}
-    assert [run.returncode for run in runs] == [0] * 6 and len(found) == 1
-    assert copying.read_text() == "linked\n"
-
-
-def test_flags_of_the_environment_make_another_library(copying: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = built_library()
-    monkeypatch.setenv("CXXFLAGS", "-O1 -DX='a b'")
-    assert built_library() != plain and building._asked_flags() == ("-O1", "-DX=a b")
-
-
-def failing(path: Path, text: str) -> str:
-    """Return a compiler that has a version and compiles nothing."""
-    path.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\n{text}\nexit 3\n", encoding="utf-8")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_compiler_that_fails_or_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UnsupportedError, match="CXX=no-such-compiler"):
-        built_library()
-    monkeypatch.setenv("CXX", failing(tmp_path / "loud", "echo 'x.cpp:1: error: no such thing' >&2"))
-    with pytest.raises(UnsupportedError, match=r"cannot be compiled[\s\S]*no such thing[\s\S]*set CXX"):
-        built_library()
-    monkeypatch.setenv("CXX", failing(tmp_path / "silent", ""))
-    with pytest.raises(UnsupportedError, match="ended with status 3"):
-        built_library()
-    monkeypatch.setenv("CXX", failing(tmp_path / "none", ""))
-    (tmp_path / "none").write_text("no program", encoding="utf-8")
-    with pytest.raises(UnsupportedError, match="cannot be compiled"):
-        built_library()
-    assert not list((tmp_path / "cache").rglob("*.so"))
-
-
-def test_a_cache_that_cannot_be_written_is_told(copying: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(copying))
-    with pytest.raises(UnsupportedError, match=r"cannot be kept[\s\S]*XDG_CACHE_HOME"):
-        built_library()
+from tests.native_runs import lines_of
 
 
 def test_a_level_that_the_cpu_lacks_is_told_everywhere() -> None:
@@ -442,6 +248,9 @@ refused("nomul_hadamard", *good)
     assert len(lines) == 37 and all(len(line.split()) > 3 for line in lines)
 
 
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer needs address space without limit"
+)
 def test_more_threads_than_can_be_had_give_the_same() -> None:
     code = """
 import resource
@@ -488,7 +297,7 @@ def library() -> Library:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38, 1e-42])
 def test_a_token_that_is_not_finite_leaves_the_others_alone(bad: float, mode: str, library: Library) -> None:
-    for offset, tokens in ((False, 3), (False, 20), (True, 3), (True, 20)):
+    for offset, tokens in ((False, 3), (False, 30), (True, 3), (True, 30)):
         packed = pack(shift_codes(70, 300, 3, 64, 2, offset, seed=1, spread=2))
         others = [t for t in range(tokens) if t != 1]
         x = torch.randn(tokens, 300, generator=torch.Generator().manual_seed(0))
@@ -498,7 +307,7 @@ def test_a_token_that_is_not_finite_leaves_the_others_alone(bad: float, mode: st
             library.use(level)
             wanted, got = (library.linear(v, packed, None, mode) for v in (x, changed))
             assert torch.equal(got[others], wanted[others])
-            if mode == "exact" and not torch.isfinite(changed).all():
+            if not torch.isfinite(changed).all():
                 assert not bool(got[1].isfinite().any())
 
 
@@ -561,10 +370,3 @@ def test_strided_arguments_are_read_right(library: Library) -> None:
     factor = torch.randn(4, 4)
     turned = library.hadamard(x[:, :4], torch.ones(4), [factor.T])
     assert torch.equal(turned, library.hadamard(x[:, :4].clone(), torch.ones(4), [factor.T.contiguous()]))
-
-
-def test_the_stamp_vouches_for_the_library_that_is_loaded() -> None:
-    found = json.loads(stamp_of(built_library()).read_text())
-    assert found["sha256"] == sha256(built_library().read_bytes()).hexdigest()
-    assert found["sources"] == building.sources_digest()
-    assert ctypes.CDLL(str(built_library())).nomul_version() == 1

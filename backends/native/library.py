@@ -121,7 +121,7 @@ class Library:
         """Return x W^T + bias, float32 [..., N], for float32 x [..., K] and bias [N]; mode: one of `MODES`.
 
         Raises UsageError for shapes, dtypes and modes that do not fit. A token with values that are not finite gives
-        no finite results in mode `exact`, and any results in the others; other tokens are not touched by it.
+        no finite results; other tokens are not touched by it.
         """
         _check_weight(weight, self.weight_bytes(weight.layout))
         form = _struct(weight.layout), weight.layout.rows, weight.layout.inputs

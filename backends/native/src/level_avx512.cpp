@@ -1,6 +1,7 @@
 // AVX-512 F/BW/VL with VBMI and VNNI: 64 look-ups an instruction in tables of bytes, or 16 in tables of floats.
 #define NOMUL_NAMESPACE nomul_avx512
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 #include "lanes_avx512.h"
@@ -162,11 +163,22 @@ static inline __m512i bytes_of(__m512i first, __m512i second, const uint8_t* pla
   return _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(index, first), 0xFFFFFFFF00000000, index, second);
 }
 
-// Round the sums of a block to 16 bits: of the whole range, 32766 stands for the largest of them. A block of zeros has
-// the factor zero.
+// What a block is multiplied with so that its largest sum becomes `whole`, within the range of floats; zero for zeros.
+static inline float scale_to(float whole, float top) {
+  return top > 0.0f ? std::fmin(whole / top, 0.125f * std::numeric_limits<float>::max()) : 0.0f;
+}
+
+// What its whole numbers are multiplied with again: none is right where a sum is larger than any float.
+static inline float inverse(float scale, float top) {
+  if (top > std::numeric_limits<float>::max()) return std::numeric_limits<float>::quiet_NaN();
+  return scale > 0.0f ? 1.0f / scale : 0.0f;
+}
+
+// Round the sums of a block to 16 bits: 32766 stands for the largest of them.
 static void two_byte_tables(const float* x, int chunks, uint8_t* tables, float* factor) {
   const float top = largest(x, chunks);
-  const FourSums sums(top > 0.0f ? 32766.0f / top : 0.0f);
+  const float scale = scale_to(32766.0f, top);
+  const FourSums sums(scale);
   for (int c = 0; c < chunks; c++, tables += 256)
     for (int odd = 0; odd < 2; odd++) {
       __m512i first, second;
@@ -174,20 +186,21 @@ static void two_byte_tables(const float* x, int chunks, uint8_t* tables, float* 
       _mm512_store_si512(tables + 64 * odd, bytes_of(first, second, kPlaces.high));
       _mm512_store_si512(tables + 128 + 64 * odd, bytes_of(first, second, kPlaces.low));
     }
-  *factor = top / 32766.0f;
+  *factor = inverse(scale, top);
 }
 
 // The same to 8 bits: 127 stands for the largest sum.
 static void byte_tables(const float* x, int chunks, uint8_t* tables, float* factor) {
   const float top = largest(x, chunks);
-  const FourSums sums(top > 0.0f ? 127.0f / top : 0.0f);
+  const float scale = scale_to(127.0f, top);
+  const FourSums sums(scale);
   for (int c = 0; c < chunks; c++, tables += 128)
     for (int odd = 0; odd < 2; odd++) {
       __m512i first, second;
       whole_sums(sums, x + c * kChunk + 4 * odd, &first, &second);
       _mm512_store_si512(tables + 64 * odd, bytes_of(first, second, kPlaces.low));
     }
-  *factor = top / 127.0f;
+  *factor = inverse(scale, top);
 }
 
 static int64_t table_bytes(int32_t mode) {

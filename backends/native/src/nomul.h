@@ -84,7 +84,8 @@ NOMUL_API int nomul_hadamard(const float* x, int64_t tokens, int64_t width, cons
 // in_order: from the first to the last byte; else eight pages at once, which is faster where caches do not hold them.
 NOMUL_API uint64_t nomul_stream(const void* data, int64_t bytes, int64_t times, int32_t threads, int32_t in_order);
 
-// The level in use (`portable`, `avx2`, `avx512`, `amx`), the levels this CPU can run, comma separated; choose one.
+// The level in use (`portable`, `avx2`, `avx512`, `amx`), the levels this CPU can run, comma separated; choose one,
+// while no other thread computes: what a level prepares only that level reads.
 NOMUL_API const char* nomul_level(void);
 NOMUL_API const char* nomul_levels(void);
 NOMUL_API int nomul_set_level(const char* name);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstring>
+#include <limits>
 
 #include "layout.h"
 
@@ -62,7 +63,10 @@ static inline void each_block(const Shape& s, const Scratch& at, const float* x,
       std::memcpy(block, x + i, sizeof(float) * count);
       const int chunks = (int)over(count, kChunk);
       sum += block_sum(block, chunks);
-      make(block, chunks, tables, factor++);
+      make(block, chunks, tables, factor);
+      // Whole numbers have no NaN: what they stand for has to be none.
+      if (sum - sum != 0.0) *factor = std::numeric_limits<float>::quiet_NaN();
+      factor++;
       tables += chunks * at.table_bytes;
     }
     sums[g] = (float)sum;
