@@ -16,7 +16,7 @@ from backends.native.library import MODES
 from backends.native.torch_ops import tiled_linear, with_kernels
 from backends.onnxruntime import OnnxRuntime, SessionOptions
 from backends.onnxruntime.lowering import emit_program, write_model
-from backends.onnxruntime.tables import library_for
+from backends.onnxruntime.session import library_for
 from backends.reference.runtime import ReferenceRuntime
 from ir.decode import is_coded
 from ir.errors import UnsupportedError, UsageError
@@ -95,7 +95,7 @@ def onnx_runtime(program: Program, folder: Path, threads: int = 1) -> OnnxRuntim
     """Return a program in ONNX Runtime in mode exact."""
     folder.mkdir()
     write_model(emit_program(program, mode="exact"), folder)
-    return OnnxRuntime(program, folder, options=SessionOptions(threads=threads, library=library_for(program)))
+    return OnnxRuntime(program, folder, options=SessionOptions(threads=threads, library=library_for(folder)))
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

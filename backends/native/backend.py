@@ -65,8 +65,11 @@ class Native(Backend):
         """Return why a call cannot be run; whether codes have a kernel is seen in `lower`, where they are at hand."""
         return REFERENCE.refuses(node)
 
-    def lower(self, program: Program, folder: Path) -> None:
-        """Check that the program can be run; `program.ir` and its weights are all that the runtime reads."""
+    def lower(self, program: Program, folder: Path) -> tuple[Detour, ...]:
+        """Check that the program can be run; `program.ir` and its weights are all that the runtime reads.
+
+        Returns no detours: what has no kernel is refused.
+        """
         del folder
         self.require(program)
         for node in program.graph.nodes:
@@ -77,6 +80,7 @@ class Native(Backend):
                     why=no.reason,
                     fix="choose --target reference, which runs every program",
                 )
+        return ()
 
     def load(self, folder: Path) -> NativeRuntime:
         """Return the runtime of an artifact folder; raises UnsupportedError as `NativeRuntime` does."""
