@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from backends.base import Backend, Runtime
+from backends.detours import Detour
 from backends.native.library import DEFAULT_MODE
 from backends.native.torch_ops import lacks_kernel, with_kernels
 from backends.reference import BACKEND as REFERENCE
