@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from backends.detours import detour_lines
 from backends.onnxruntime import OnnxRuntime, OnnxRuntimeBackend, SessionOptions
@@ -35,8 +37,9 @@ WITHOUT_KERNEL = {
     "acc": ("shiftadd{bits=2 group=16 mode=acc " + QUICK + "}", "groups of 1 inputs are smaller than the 32"),
     "trits31": ("shiftadd{bits=2 group=32 code=trits31 " + QUICK + "}", "trits that share one scale"),
 }
-# A linear keeps within 1e-6 and 5e-4; these small random models enlarge that on the way to the logits.
-LIMITS = {"exact": 1e-5, "14bit": 5e-3}
+# What logits and cache may differ by from the reference's on the same codes. Both are float32 in mode exact, and away
+# from float64 by up to 2e-6 themselves on these small random models.
+LIMITS = {"exact": 4e-6, "14bit": 5e-4}
 
 
 @cache
@@ -55,6 +58,12 @@ def opened(program: Program, folder: Path, mode: str) -> OnnxRuntime:
     return OnnxRuntime(program, folder, options=SessionOptions(threads=1, library=library_for(folder)))
 
 
+def check(ours: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]], limit: float) -> None:
+    """Hold logits to a limit and each layer's keys and values, which nothing evens out, to twice that."""
+    assert relative_error(ours[:1], theirs[:1]) <= limit
+    assert relative_error(ours[1], theirs[1]) <= 2 * limit
+
+
 @pytest.mark.parametrize("mode", LIMITS)
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3"])
@@ -66,9 +75,23 @@ def test_logits_and_cache_are_those_of_the_same_codes(name: str, pipeline: str, 
         ids, more = ids_for(batch, seq), ids_for(batch, 1, seed=3)
         theirs = reference.forward(ids)
         ours = runtime.forward(ids)
-        assert relative_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= LIMITS[mode]
-        ours, theirs = runtime.forward(more, None, theirs[1]), reference.forward(more, None, theirs[1])
-        assert relative_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= LIMITS[mode]
+        check(ours, theirs, LIMITS[mode])
+        check(runtime.forward(more, None, theirs[1]), reference.forward(more, None, theirs[1]), LIMITS[mode])
+
+
+@pytest.mark.parametrize("pipeline", ["rtn3", "shiftadd"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3"])
+def test_mode_exact_is_as_close_to_float64_as_the_reference_is(name: str, pipeline: str, tmp_path: Path) -> None:
+    program = compressed(name, pipeline)
+    reference, runtime = ReferenceRuntime(program), opened(program, tmp_path, "exact")
+    double = program.module(decode=True).double()
+    for batch, seq in ((1, 1), (1, 7), (3, 17)):
+        ids = ids_for(batch, seq)
+        inputs = [t.double() if t.is_floating_point() else t for t in reference.interface.bind(ids, None, None)]
+        with torch.no_grad():
+            true = double(*inputs)[:1]
+        theirs, ours = (relative_error(r.forward(ids)[:1], true) for r in (reference, runtime))
+        assert ours <= max(1e-6, 1.25 * theirs)
 
 
 @pytest.mark.parametrize("pipeline", WITHOUT_KERNEL)

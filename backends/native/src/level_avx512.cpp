@@ -210,25 +210,36 @@ static int64_t table_bytes(int32_t mode) {
 // Tokens from which decoding the weight once and multiplying in float is faster.
 static bool many(int64_t tokens, int32_t mode) { return tokens >= (mode == NOMUL_EXACT ? 9 : 64); }
 
-static int64_t scratch_bytes(const nomul_layout& l, int64_t tokens, int32_t mode) {
-  return many(tokens, mode) ? float_scratch_bytes(l.inputs, tokens) : scratch_of(shape_of(l), table_bytes(mode)).token_bytes * tokens;
+// Of more planes than this most of the sum cancels out, and what rounding took with it would not.
+constexpr int kRounded = 5;
+
+static int32_t mode_of(const nomul_layout& l, int32_t asked) {
+  return asked == NOMUL_14_BIT && l.planes > kRounded ? NOMUL_EXACT : asked;
 }
 
-static void prepare(const nomul_layout& l, int32_t mode, const float* x, int64_t tokens, void* scratch) {
+static int64_t scratch_bytes(const nomul_layout& l, int64_t tokens, int32_t asked) {
+  const int32_t mode = mode_of(l, asked);
+  return many(tokens, mode) ? float_scratch_bytes(l.inputs, tokens)
+                            : scratch_of(shape_of(l), table_bytes(mode)).token_bytes * tokens;
+}
+
+static void prepare(const nomul_layout& l, int32_t asked, const float* x, int64_t tokens, void* scratch) {
+  const int32_t mode = mode_of(l, asked);
   if (many(tokens, mode)) return pack_tokens(l.inputs, x, tokens, (float*)scratch);
   const auto make = mode == NOMUL_EXACT ? float_tables_16 : mode == NOMUL_8_BIT ? byte_tables : two_byte_tables;
   prepare_with(l, table_bytes(mode), x, tokens, scratch, make);
 }
 
-static int64_t spare_bytes(const nomul_layout& l, int64_t tokens, int32_t mode) {
-  return many(tokens, mode) ? float_spare_bytes(l.inputs) : 0;
+static int64_t spare_bytes(const nomul_layout& l, int64_t tokens, int32_t asked) {
+  return many(tokens, mode_of(l, asked)) ? float_spare_bytes(l.inputs) : 0;
 }
 
 static void rows(const nomul_job<nomul_layout>& job, void* spare) {
-  if (many(job.tokens, job.mode)) return float_tiled_rows(job, (float*)spare);
-  if (job.mode == NOMUL_EXACT) rows_with<FloatSums>(job, table_bytes(job.mode));
-  else if (job.mode == NOMUL_8_BIT) rows_with<ByteSums<false>>(job, table_bytes(job.mode));
-  else rows_with<ByteSums<true>>(job, table_bytes(job.mode));
+  const int32_t mode = mode_of(job.form, job.mode);
+  if (many(job.tokens, mode)) return float_tiled_rows(job, (float*)spare);
+  if (mode == NOMUL_EXACT) rows_with<FloatSums>(job, table_bytes(mode));
+  else if (mode == NOMUL_8_BIT) rows_with<ByteSums<false>>(job, table_bytes(mode));
+  else rows_with<ByteSums<true>>(job, table_bytes(mode));
 }
 
 }  // namespace NOMUL_NAMESPACE
