@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from backends.native.layout import pack
-from backends.native.library import MODES, Library, load
+from backends.native.library import BLOCK, MODES, Library, load
 from ir.errors import UnsupportedError, UsageError
 from tests.coded_weights import exact_product, quant_codes, relative_error, shift_codes
 
@@ -111,6 +111,32 @@ def test_products_with_16_bit_floats_are_within_the_bound_of_their_mode(
         x = activations(tokens, shape[1], seed=tokens)
         got = library.dense_linear(x, weight, bias, mode, threads=2)
         assert relative_error(got, exact_product(x, weight.double(), bias)) <= DENSE_BOUNDS[mode], tokens
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (17, 33), (70, 100), (130, 576)])
+def test_products_with_scaled_int8_are_within_the_bound_of_their_mode(
+    shape: tuple[int, int], mode: str, library: Library
+) -> None:
+    rows, inputs = shape
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    scales = torch.randn(rows, -(-inputs // BLOCK), generator=generator).half()
+    weight = codes.double() * scales.double().repeat_interleave(BLOCK, 1)[:, :inputs]
+    bias = torch.randn(rows, generator=generator) if rows % 2 else None
+    for tokens in (1, 2, 3, 7, 9, 40):
+        x = activations(tokens, inputs, seed=tokens)
+        got = library.dense_linear(x, codes, bias, mode, 2, scales)
+        assert relative_error(got, exact_product(x, weight, bias)) <= DENSE_BOUNDS[mode], tokens
+
+
+def test_int8_without_scales_is_refused(library: Library) -> None:
+    codes = torch.zeros(4, 64, dtype=torch.int8)
+    for scales in (None, torch.zeros(4, 1).half(), torch.zeros(4, 2)):
+        with pytest.raises(UsageError, match="scales do not fit"):
+            library.dense_linear(torch.zeros(1, 64), codes, scales=scales)
+    with pytest.raises(UsageError, match="scales do not fit"):
+        library.dense_linear(torch.zeros(1, 64), codes.half(), scales=torch.zeros(4, 2).half())
 
 
 @pytest.mark.parametrize("tokens", [5, 20])

@@ -11,6 +11,7 @@ import torch
 
 from backends.onnxruntime import OnnxRuntime, SessionOptions
 from backends.onnxruntime.lowering import emit_program, node_counts, write_model
+from backends.onnxruntime.narrow import codes_of, consists_of_codes, scales_of
 from backends.onnxruntime.session import library_for
 from backends.reference.runtime import ReferenceRuntime
 from frontend.canonical import canonicalise
@@ -69,6 +70,45 @@ def test_weights_that_fit_are_stored_narrow_and_give_the_same(name: str, tmp_pat
         for ids in (ids_for(1, 1), ids_for(3, 17)):
             ours, theirs = runtime.forward(ids), ReferenceRuntime(program).forward(ids)
             assert outputs_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= 2e-6
+
+
+def coded(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight rounded to 8-bit codes with a float16 scale for 32 inputs, one block being zero."""
+    blocks = weight.unflatten(-1, (-1, 32)).clone()
+    blocks[0, 0] = 0
+    scales = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
+    codes = torch.where(scales > 0, blocks / scales, 0.0).round().clamp(-127, 127)
+    # The largest of a block is 127 also where rounding the scale would make it 126.
+    largest = blocks.abs() == blocks.abs().amax(-1, keepdim=True)
+    codes = torch.where(largest & (scales > 0), 127 * blocks.sign(), codes)
+    return (codes * scales).flatten(-2)
+
+
+def test_weights_of_8_bit_codes_are_stored_as_these_and_give_the_same(tmp_path: Path) -> None:
+    program = model_of(lambda w: coded(w) if w.shape[-1] % 32 == 0 else w)
+    model = emit_program(program, mode="exact")
+    assert sorted(i.rsplit(".", 1)[1] for i in model.graph.initializers if i.endswith((".codes", ".scales"))) == [
+        *("codes",) * 3, *("scales",) * 3
+    ]  # fmt: skip
+    assert node_counts(model)["nomul::DenseLinear"] == 3
+    write_model(model, tmp_path)
+    library = library_for(tmp_path)
+    assert library is not None
+    for runtime in (run(program, tmp_path, library), run(program, tmp_path, None)):
+        for ids in (ids_for(1, 1), ids_for(3, 17)):
+            ours, theirs = runtime.forward(ids), ReferenceRuntime(program).forward(ids)
+            assert outputs_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= 2e-6
+
+
+def test_codes_are_found_only_where_every_value_is_one() -> None:
+    weight = coded(torch.randn(40, 96, generator=torch.Generator().manual_seed(1)))
+    assert consists_of_codes(weight)
+    assert torch.equal(codes_of(weight).float() * scales_of(weight).repeat_interleave(32, 1), weight)
+    for at, value in ((5, 7), 1.0001), ((39, 95), -(2.0**-20)):
+        changed = weight.clone()
+        changed[at] += value
+        assert not consists_of_codes(changed)
+    assert not consists_of_codes(weight[:, :80].contiguous()) and not consists_of_codes(weight * (1 + 2**-20))
 
 
 def test_weights_that_do_not_fit_stay_as_they_are() -> None:

@@ -143,7 +143,8 @@ def op_cases() -> list[Any]:
 def test_every_nomul_op_is_covered_here() -> None:
     registered = {str(name) for name in torch._C._dispatch_get_all_op_names() if name.startswith("nomul::")}
     covered = {f"nomul::{case.values[0].__name__}" for case in op_cases()}
-    assert registered == covered
+    # The operator of the target native, there once that was imported, is in test_native_torch.
+    assert registered - {"nomul::tiled_linear"} == covered
 
 
 @pytest.mark.parametrize(("op", "args", "wrt"), op_cases())

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-LINEARS = frozenset({"TiledLinear", "CodedLinear", "MatMulNBits", "FusedMatMul", "MatMul", "Gemm"})
+LINEARS = frozenset({"TiledLinear", "DenseLinear", "CodedLinear", "MatMulNBits", "FusedMatMul", "MatMul", "Gemm"})
 ATTENTIONS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 _HEAD, _KERNEL, _RUN = "logits", "_kernel_time", "SequentialExecutor::Execute"
 

@@ -27,10 +27,12 @@ class _Layout(ctypes.Structure):
 
 
 class _Dense(ctypes.Structure):
-    _fields_ = (("kind", c_int32), ("rows", c_int64), ("inputs", c_int64))
+    _fields_ = (("kind", c_int32), ("rows", c_int64), ("inputs", c_int64), ("scales", c_void_p))
 
 
-_KINDS = {torch.bfloat16: 0, torch.float16: 1}
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2}
+# Inputs that share a scale of int8.
+BLOCK = 32
 
 _SIGNATURES = {
     "nomul_weight_bytes": (c_int64, [POINTER(_Layout)]),
@@ -128,16 +130,35 @@ class Library:
         return self._product(self._handle.nomul_linear, form, x, weight.data, bias, mode, threads)
 
     def dense_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, mode: str = DEFAULT_MODE, threads: int = 1
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        mode: str = DEFAULT_MODE,
+        threads: int = 1,
+        scales: Tensor | None = None,
     ) -> Tensor:
-        """Return x W^T + bias as `linear` does, for a weight bfloat16 or float16 [N, K]."""
+        """Return x W^T + bias as `linear` does, for a weight [N, K] of bfloat16, float16 or int8.
+
+        scales: of int8 and only of it, float16 [N, ceil(K / 32)].
+        """
         if weight.dtype not in _KINDS or weight.ndim != 2:
             raise UsageError(
-                "the weight does not fit the kernels of 16-bit floats",
-                why=f"it is {weight.dtype} {list(weight.shape)}, bfloat16 or float16 [N, K] is needed",
+                "the weight does not fit the kernels of stored weights",
+                why=f"it is {_kind(weight)}, bfloat16, float16 or int8 [N, K] is needed",
             )
         rows, inputs = weight.shape
-        form = _Dense(_KINDS[weight.dtype], rows, inputs), rows, inputs
+        wanted = (rows, -(-inputs // BLOCK)) if weight.dtype == torch.int8 else None
+        if (None if scales is None else tuple(scales.shape)) != wanted or (
+            scales is not None and scales.dtype != torch.float16
+        ):
+            raise UsageError(
+                "the scales do not fit the weight",
+                why="int8 needs float16 [N, ceil(K / 32)], floats need none",
+            )
+        held = None if scales is None else scales.contiguous()
+        place = None if held is None else held.data_ptr()
+        form = _Dense(_KINDS[weight.dtype], rows, inputs, place), rows, inputs
         return self._product(self._handle.nomul_dense_linear, form, x, weight.contiguous(), bias, mode, threads)
 
     def _product(

@@ -10,7 +10,7 @@ from torch import fx
 from backends.onnxruntime.elementwise import dtype_of, operand
 from backends.onnxruntime.emitter import Emitter, Entry, Refused, Result
 from backends.onnxruntime.names import same_dim
-from backends.onnxruntime.narrow import narrow_weight
+from backends.onnxruntime.narrow import narrow_rows
 from backends.onnxruntime.shapes import rank_of
 from ir.program import is_call, tensor_type_of
 
@@ -19,8 +19,8 @@ aten = torch.ops.aten
 
 def _embedding(e: Emitter, node: fx.Node) -> Result:
     table, ids, *_ = e.args(node)
-    if (stored := narrow_weight(e, table)) is not None:
-        return e.cast(e.add("Gather", stored, e.value(ids), axis=0), torch.float32)
+    if (found := narrow_rows(e, table, e.value(ids))) is not None:
+        return found
     return e.add("Gather", e.value(table), e.value(ids), axis=0)
 
 

@@ -1,57 +1,38 @@
-// Weights of 16-bit floats, row after row: few tokens by one pass over the rows, many by columns.
+// Weights of 16-bit floats or int8, row after row: few tokens by one pass over the rows, many by columns.
 #pragma once
 
-#include <cstring>
-
 #include "gemm.h"
+#include "stored.h"
 
 namespace NOMUL_NAMESPACE {
-
-template <int Kind>
-static inline Floats load_wide(const uint8_t* p) {
-  if constexpr (Kind == NOMUL_FLOAT16) return load_half(p);
-  else return load_bfloat(p);
-}
-
-// `count` of 16 floats, the others zero.
-template <int Kind>
-static inline Floats load_some_wide(const uint8_t* p, int count) {
-  if (count == kLanes) return load_wide<Kind>(p);
-  alignas(64) uint8_t whole[2 * kLanes] = {};
-  std::memcpy(whole, p, 2 * count);
-  return load_wide<Kind>(whole);
-}
 
 // y[m, r] = x[m] . w[r] + bias[r] for R rows that follow each other and M tokens.
 template <int Kind, int R, int M>
 static void dot_rows(const nomul_job<nomul_dense>& job, int64_t row, int64_t token) {
-  const int64_t inputs = job.form.inputs;
-  const uint8_t* w = job.weight + row * inputs * 2;
-  const float* x = job.x + token * inputs;
+  const nomul_dense& d = job.form;
+  const float* x = job.x + token * d.inputs;
   Floats sum[R][M];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) sum[r][m] = zeros();
-  int64_t k = 0;
-  const auto add = [&](const auto& weights, const auto& activations) {
+  const auto add = [&](int64_t k, int count) {
     Floats a[M];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) a[m] = activations(x + m * inputs);
+    for (int m = 0; m < M; m++)
+      a[m] = count == kLanes ? load(x + m * d.inputs + k) : load_some(x + m * d.inputs + k, count);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       // The rows that come next: the CPU sees each of them as a stream too short to follow.
-      prefetch(w + (r + R) * inputs * 2 + 2 * k);
-      const Floats v = weights(w + r * inputs * 2);
+      prefetch(job.weight + ((row + r + R) * d.inputs + k) * kBytes<Kind>);
+      const Floats v = weights_at<Kind>(d, job.weight, row + r, k, count);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) sum[r][m] = fma(v, a[m], sum[r][m]);
     }
   };
-  for (; k + kLanes <= inputs; k += kLanes)
-    add([&](const uint8_t* p) { return load_wide<Kind>(p + 2 * k); }, [&](const float* p) { return load(p + k); });
-  if (const int left = (int)(inputs - k))
-    add([&](const uint8_t* p) { return load_some_wide<Kind>(p + 2 * k, left); },
-        [&](const float* p) { return load_some(p + k, left); });
+  int64_t k = 0;
+  for (; k + kLanes <= d.inputs; k += kLanes) add(k, kLanes);
+  if (k < d.inputs) add(k, (int)(d.inputs - k));
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++)
       job.y[(token + m) * job.form.rows + row + r] = sum_of(sum[r][m]) + (job.bias ? job.bias[row + r] : 0.0f);
@@ -79,8 +60,8 @@ static void dense_columns(const nomul_job<nomul_dense>& job, int64_t row, float*
       const int count = (int)(inputs - k < kLanes ? inputs - k : kLanes);
       alignas(64) float block[kLanes][kLanes];
       for (int r = 0; r < kLanes; r++) {
-        const uint8_t* from = job.weight + ((row + first + r) * inputs + k) * 2;
-        store(block[r], first + r < rows ? load_some_wide<Kind>(from, count) : zeros(), kLanes);
+        const int64_t at = row + first + r;
+        store(block[r], first + r < rows ? weights_at<Kind>(job.form, job.weight, at, k, count) : zeros(), kLanes);
       }
       for (int i = 0; i < count; i++)
         for (int r = 0; r < kLanes; r++) w[(k + i) * kRows + first + r] = block[r][i];
@@ -109,8 +90,11 @@ static void dense_rows_of(const nomul_job<nomul_dense>& job, void* spare) {
 }
 
 static void dense_rows(const nomul_job<nomul_dense>& job, void* spare) {
-  if (job.form.kind == NOMUL_FLOAT16) dense_rows_of<NOMUL_FLOAT16>(job, spare);
-  else dense_rows_of<NOMUL_BFLOAT16>(job, spare);
+  switch (job.form.kind) {
+    case NOMUL_FLOAT16: return dense_rows_of<NOMUL_FLOAT16>(job, spare);
+    case NOMUL_INT8: return dense_rows_of<NOMUL_INT8>(job, spare);
+    default: return dense_rows_of<NOMUL_BFLOAT16>(job, spare);
+  }
 }
 
 constexpr nomul_product<nomul_dense> kDense = {dense_scratch_bytes, dense_prepare, dense_spare_bytes, dense_rows};

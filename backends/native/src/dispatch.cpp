@@ -116,8 +116,9 @@ int check(const nomul_dense* d) {
   if (!d) return refuse(NOMUL_BAD_LAYOUT, "no form of the weight was given");
   if (d->rows < 1 || d->inputs < 1 || d->rows > INT32_MAX || d->inputs > INT32_MAX)
     return refuse(NOMUL_BAD_LAYOUT, "a weight cannot be %lld x %lld", d->rows, d->inputs);
-  if (d->kind != NOMUL_BFLOAT16 && d->kind != NOMUL_FLOAT16)
-    return refuse(NOMUL_BAD_LAYOUT, "there are no 16-bit floats of kind %lld", d->kind);
+  if (d->kind < NOMUL_BFLOAT16 || d->kind > NOMUL_INT8)
+    return refuse(NOMUL_BAD_LAYOUT, "there are no weights of kind %lld", d->kind);
+  if (d->kind == NOMUL_INT8 && !d->scales) return refuse(NOMUL_BAD_LAYOUT, "weights of int8 need scales");
   return NOMUL_OK;
 }
 
@@ -166,7 +167,7 @@ struct Memory {
 constexpr int64_t kPiece = 256;
 
 int64_t bytes_of(const nomul_layout& l) { return nomul_weight_bytes(&l); }
-int64_t bytes_of(const nomul_dense& d) { return d.rows * d.inputs * 2; }
+int64_t bytes_of(const nomul_dense& d) { return d.rows * d.inputs * (d.kind == NOMUL_INT8 ? 1 : 2); }
 
 const nomul_product<nomul_layout>& product_of(const nomul_layout&) { return chosen().load()->tiled; }
 const nomul_product<nomul_dense>& product_of(const nomul_dense&) { return chosen().load()->dense; }

@@ -30,6 +30,11 @@ static inline __m256 wide_bfloat(const uint8_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 static inline Floats load_bfloat(const uint8_t* p) { return {wide_bfloat(p), wide_bfloat(p + 16)}; }
+static inline Floats load_int8(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
+static inline float one_half(const uint8_t* p) { return _cvtsh_ss((unsigned short)(p[0] | p[1] << 8)); }
 static inline float sum_of(Floats x) {
   const __m256 whole = _mm256_add_ps(x.a, x.b);
   const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(whole), _mm256_extractf128_ps(whole, 1));

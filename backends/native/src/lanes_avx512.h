@@ -25,6 +25,10 @@ static inline Floats load_bfloat(const uint8_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+static inline Floats load_int8(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
+static inline float one_half(const uint8_t* p) { return _cvtsh_ss((unsigned short)(p[0] | p[1] << 8)); }
 static inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x.v); }
 static inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }

@@ -50,6 +50,12 @@ static inline Floats load_bfloat(const uint8_t* p) {
   }
   return r;
 }
+static inline Floats load_int8(const uint8_t* p) {
+  Floats r;
+  for (int i = 0; i < 16; i++) r.v[i] = (int8_t)p[i];
+  return r;
+}
+static inline float one_half(const uint8_t* p) { return half((uint16_t)(p[0] | p[1] << 8)); }
 static inline float sum_of(Floats x) {
   for (int step = 8; step; step /= 2)
     for (int i = 0; i < step; i++) x.v[i] += x.v[i + step];

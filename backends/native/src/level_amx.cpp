@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "lanes_avx512.h"
 #include "scales.h"
+#include "stored.h"
 
 namespace NOMUL_NAMESPACE {
 
@@ -160,6 +161,33 @@ struct Stored {
   }
 };
 
+// Of int8 with scales: a chunk is a block of one scale.
+struct Scaled {
+  const nomul_dense* dense = nullptr;
+  const uint8_t* weight = nullptr;
+  int64_t first = 0, next = 0;
+
+  void start(const nomul_job<nomul_dense>& job, const nomul_dense& d, int64_t index) {
+    dense = &d, weight = job.weight, first = index * kRows, next = 0;
+  }
+
+  void chunk(uint8_t* out) {
+    const int64_t left = dense->inputs - next;
+    for (int64_t r = 0; r < kRows; r++) {
+      const auto half = [&](int64_t from) {
+        const int64_t count = left - from < kLanes ? left - from : kLanes;
+        if (first + r >= dense->rows || count <= 0) return _mm512_setzero_ps();
+        return weights_at<NOMUL_INT8>(*dense, weight, first + r, next + from, (int)count).v;
+      };
+      const Halves parts = split(half(0), half(kLanes));
+      uint8_t* to = out + r / kLanes * kParts * kTile + r % kLanes * 64;
+      _mm512_store_si512(to, parts.first);
+      _mm512_store_si512(to + kTile, parts.second);
+    }
+    next += kChunk;
+  }
+};
+
 // Which products of parts are added: of the larger parts, all but that of the smaller, or those of whole weights.
 enum class Products { kLarger, kThree, kWhole };
 
@@ -299,7 +327,7 @@ static void rows(const nomul_job<nomul_layout>& job, void* spare) {
 }
 
 static bool by_tiles(const nomul_dense& d, int64_t tokens, int32_t mode) {
-  return mode != NOMUL_EXACT && d.kind == NOMUL_BFLOAT16 && tokens >= kManyDense;
+  return mode != NOMUL_EXACT && d.kind != NOMUL_FLOAT16 && tokens >= kManyDense;
 }
 
 static int64_t dense_scratch_bytes(const nomul_dense& d, int64_t tokens, int32_t mode) {
@@ -319,9 +347,12 @@ static int64_t dense_spare_bytes(const nomul_dense& d, int64_t tokens, int32_t m
 
 static void dense_rows(const nomul_job<nomul_dense>& job, void* spare) {
   if (!by_tiles(job.form, job.tokens, job.mode)) return nomul_avx512_kernels()->dense.rows(job, spare);
-  const Products products = job.mode == NOMUL_8_BIT ? Products::kLarger : Products::kWhole;
+  const bool whole = job.form.kind == NOMUL_BFLOAT16;
+  const Products all = whole ? Products::kWhole : Products::kThree;
+  const Products products = job.mode == NOMUL_8_BIT ? Products::kLarger : all;
   each_tile(job, spare, [&](int64_t tile, int64_t count, uint8_t* strips, float* sums) {
-    add_tiles<Stored>(job, job.form, products, tile, count, strips, sums);
+    if (whole) add_tiles<Stored>(job, job.form, products, tile, count, strips, sums);
+    else add_tiles<Scaled>(job, job.form, products, tile, count, strips, sums);
   });
 }
 

@@ -55,12 +55,15 @@ NOMUL_API int nomul_rows(const nomul_layout* layout, int32_t mode, const uint8_t
 NOMUL_API int nomul_linear(const nomul_layout* layout, int32_t mode, const uint8_t* weight, int64_t weight_bytes,
                            const float* bias, const float* x, int64_t tokens, float* y, int32_t threads);
 
-// The same three steps, and all at once, for a weight [rows, inputs] of 16-bit floats, row after row.
-enum { NOMUL_BFLOAT16 = 0, NOMUL_FLOAT16 = 1 };
+// The same three steps, and all at once, for a weight [rows, inputs] of 16-bit floats or of int8, row after row. Those of
+// int8 are multiplied with scales: float16 [rows, inputs / NOMUL_BLOCK], one for so many inputs.
+enum { NOMUL_BFLOAT16 = 0, NOMUL_FLOAT16 = 1, NOMUL_INT8 = 2 };
+enum { NOMUL_BLOCK = 32 };
 
 typedef struct {
   int32_t kind;
   int64_t rows, inputs;
+  const void* scales;
 } nomul_dense;
 
 NOMUL_API int64_t nomul_dense_scratch_bytes(const nomul_dense* dense, int64_t tokens, int32_t mode);

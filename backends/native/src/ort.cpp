@@ -92,7 +92,7 @@ void* scratch_of(int64_t bytes) {
   return held.get();
 }
 
-// y = x W^T + bias: inputs x, weight, bias (optional). Form says how W is stored.
+// y = x W^T + bias: inputs x, weight, for dense ones scales (of int8), bias (optional). Form says how W is stored.
 template <class Form>
 struct Linear {
   Table api;
@@ -100,6 +100,7 @@ struct Linear {
   Form form{};
   int64_t mode = NOMUL_14_BIT;
   const uint8_t* weight = nullptr;
+  size_t bias_index = 2;
 };
 
 // The functions of the C interface for a form.
@@ -156,11 +157,19 @@ OrtStatus* create_dense(const CustomOp*, Table api, const OrtKernelInfo* info, v
   auto kernel = std::make_unique<Linear<nomul_dense>>();
   kernel->api = api, kernel->name = "nomul::DenseLinear";
   if (OrtStatus* s = mode_of(api, info, kernel->mode)) return s;
-  Tensor weight;
+  Tensor weight, scales;
   if (OrtStatus* s = constant(api, info, 1, "the weight", ort::kAny, weight)) return s;
-  if ((weight.type != ort::kBfloat16 && weight.type != ort::kFloat16) || weight.dims.size() != 2)
-    return failure(api, "nomul::DenseLinear: the weight must be a matrix of bfloat16 or float16");
-  kernel->form = {weight.type == ort::kBfloat16 ? NOMUL_BFLOAT16 : NOMUL_FLOAT16, weight.dims[0], weight.dims[1]};
+  const bool whole = weight.type == ort::kInt8;
+  if ((weight.type != ort::kBfloat16 && weight.type != ort::kFloat16 && !whole) || weight.dims.size() != 2)
+    return failure(api, "nomul::DenseLinear: the weight must be a matrix of bfloat16, float16 or int8");
+  const int64_t rows = weight.dims[0], inputs = weight.dims[1];
+  if (whole) {
+    if (OrtStatus* s = constant(api, info, 2, "the scales", ort::kFloat16, scales)) return s;
+    if (scales.dims != std::vector<int64_t>{rows, (inputs + NOMUL_BLOCK - 1) / NOMUL_BLOCK})
+      return failure(api, "nomul::DenseLinear: there must be one scale for every 32 inputs of a row");
+  }
+  const int32_t kind = whole ? NOMUL_INT8 : weight.type == ort::kBfloat16 ? NOMUL_BFLOAT16 : NOMUL_FLOAT16;
+  kernel->form = {kind, rows, inputs, scales.data}, kernel->bias_index = 3;
   if (scratch_bytes(kernel->form, 1, kernel->mode) < 0) return failure(api, nomul_error());
   kernel->weight = (const uint8_t*)weight.data;
   *out = kernel.release();
@@ -226,8 +235,8 @@ OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
   size_t inputs = 0;
   if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_GetInputCount, (const OrtKernelContext*)context, &inputs))
     return s;
-  if (inputs > 2)
-    if (OrtStatus* s = input(k.api, context, 2, bias)) return s;
+  if (inputs > k.bias_index)
+    if (OrtStatus* s = input(k.api, context, k.bias_index, bias)) return s;
   // An empty tensor has a type and no data.
   if (bias.type && bias.count != k.form.rows)
     return failure(k.api, name + ": the bias must have " + std::to_string(k.form.rows) + " values");
@@ -291,7 +300,7 @@ template <class Form>
 CustomOp make_linear() {
   CustomOp op;
   op.input_count = [](const CustomOp*) -> size_t { return 3; };
-  op.input_presence = [](const CustomOp*, size_t i) -> int { return i == 2 ? ort::kOptional : ort::kRequired; };
+  op.input_presence = [](const CustomOp*, size_t i) -> int { return i >= 2 ? ort::kOptional : ort::kRequired; };
   op.compute_checked = compute_linear<Form>;
   op.destroy = [](void* kernel) { delete (Linear<Form>*)kernel; };
   return op;
@@ -308,7 +317,8 @@ CustomOp make_tiled() {
 CustomOp make_dense() {
   CustomOp op = make_linear<nomul_dense>();
   op.name = [](const CustomOp*) { return "DenseLinear"; };
-  op.input_type = [](const CustomOp*, size_t i) -> int { return i == 1 ? ort::kAny : ort::kFloat; };
+  op.input_count = [](const CustomOp*) -> size_t { return 4; };
+  op.input_type = [](const CustomOp*, size_t i) -> int { return i == 1 || i == 2 ? ort::kAny : ort::kFloat; };
   op.create_checked = create_dense;
   return op;
 }

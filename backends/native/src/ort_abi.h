@@ -51,7 +51,7 @@ inline R call(Table api, Place place, A... arguments) {
   return reinterpret_cast<R (*)(A...)>(const_cast<void*>(api[place]))(arguments...);
 }
 
-enum ElementType : int { kAny = 0, kFloat = 1, kUint8 = 2, kFloat16 = 10, kBfloat16 = 16 };
+enum ElementType : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10, kBfloat16 = 16 };
 enum Presence : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
 enum Code : int { kFail = 1, kInvalidArgument = 2 };
 
