@@ -53,8 +53,15 @@ def rounded(dtype: torch.dtype) -> Program:
     return model_of(lambda weight: weight.to(dtype).float())
 
 
-def run(program: Program, folder: Path, library: Path | None) -> OnnxRuntime:
-    return OnnxRuntime(program, folder, options=SessionOptions(threads=1, library=library))
+def check(program: Program, folder: Path) -> None:
+    """Hold the file in a folder to the reference, with the library and by its twins."""
+    library, reference = library_for(folder), ReferenceRuntime(program)
+    assert library is not None
+    for chosen in (library, None):
+        runtime = OnnxRuntime(program, folder, options=SessionOptions(threads=1, library=chosen))
+        for ids in (ids_for(1, 1), ids_for(3, 17)):
+            ours, theirs = runtime.forward(ids), reference.forward(ids)
+            assert outputs_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= 2e-6
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -64,12 +71,7 @@ def test_weights_that_fit_are_stored_narrow_and_give_the_same(name: str, tmp_pat
     stored = [i for i in model.graph.initializers if i.endswith(f".{name}")]
     assert len(stored) == 4 and node_counts(model)["nomul::DenseLinear"] == 4  # the tied table serves twice
     write_model(model, tmp_path)
-    library = library_for(tmp_path)
-    assert library is not None
-    for runtime in (run(program, tmp_path, library), run(program, tmp_path, None)):
-        for ids in (ids_for(1, 1), ids_for(3, 17)):
-            ours, theirs = runtime.forward(ids), ReferenceRuntime(program).forward(ids)
-            assert outputs_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= 2e-6
+    check(program, tmp_path)
 
 
 def coded(weight: torch.Tensor) -> torch.Tensor:
@@ -92,12 +94,7 @@ def test_weights_of_8_bit_codes_are_stored_as_these_and_give_the_same(tmp_path: 
     ]  # fmt: skip
     assert node_counts(model)["nomul::DenseLinear"] == 3
     write_model(model, tmp_path)
-    library = library_for(tmp_path)
-    assert library is not None
-    for runtime in (run(program, tmp_path, library), run(program, tmp_path, None)):
-        for ids in (ids_for(1, 1), ids_for(3, 17)):
-            ours, theirs = runtime.forward(ids), ReferenceRuntime(program).forward(ids)
-            assert outputs_error([ours[0], *ours[1]], [theirs[0], *theirs[1]]) <= 2e-6
+    check(program, tmp_path)
 
 
 def test_codes_are_found_only_where_every_value_is_one() -> None:

@@ -87,6 +87,7 @@ class Emitter:
     ) -> None:
         self.program, self.opset, self.fuse, self.mode = program, opset, fuse, mode
         self.uniform, self.accuracy, self.narrow = uniform, accuracy, narrow
+        # What `narrow` found each weight to consist of.
         self.narrow_dtypes: dict[str, torch.dtype | None] = {}
         self._table, self._ir = table, package("onnx_ir")
         self._values: dict[fx.Node, Result] = {}
