@@ -14,8 +14,8 @@ from ir.errors import UnsupportedError, UsageError
 from tests.coded_weights import exact_product, quant_codes, relative_error, shift_codes
 
 # Bounds of relative error against float64: what each mode promises.
-BOUNDS = {"exact": 1e-6, "14bit": 1e-4, "8bit": 2e-2}
-DENSE_BOUNDS = {"exact": 1e-6, "14bit": 1e-5, "8bit": 5e-3}
+BOUNDS = {"exact": 1e-6, "14bit": 1e-4, "8bit": 3e-2}
+DENSE_BOUNDS = {"exact": 1e-6, "14bit": 1e-4, "8bit": 3e-2}
 LEVELS = load().levels
 # Rows, inputs and group: tiny, ragged, whole, wide, with groups that fill no whole chunk and groups of a whole row.
 SHAPES = [(1, 1, 64), (17, 33, 32), (33, 100, 40), (48, 64, 4096), (31, 576, 64), (129, 257, 96)]

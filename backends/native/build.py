@@ -41,7 +41,7 @@ _UNITS = {
         *("-mfma", "-mf16c"),
     ),
 }
-_UNITS["level_amx"] = (*_UNITS["level_avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+_UNITS["level_amx"] = (*_UNITS["level_avx512"], "-mamx-tile", "-mamx-int8")
 _ANYWHERE = ("dispatch", "ort", "stream", "level_portable")
 _WAIT = 600.0
 

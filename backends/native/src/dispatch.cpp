@@ -41,11 +41,10 @@ bool has_avx512() {
 }
 
 #if defined(__x86_64__) && defined(__linux__)
-// Tiles of bfloat16: the CPU must have them, the system must save them, and this process must ask for them once.
+// Tiles of int8: the CPU must have them, the system must save them, and this process must ask for them once.
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16")) return false;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
   constexpr int kAskForTiles = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kAskForTiles, kTileData) == 0;
 }

@@ -1,49 +1,42 @@
-// AMX: many tokens are multiplied in bfloat16 tiles, with float32 sums; few are looked up as at the level avx512.
+// AMX: many tokens are multiplied in tiles of int8, with 32-bit sums; few are looked up as at the level avx512.
 //
-// A float is the sum of two bfloat16 and of what is left, 2^-17 of it: three products of tiles take all but the product
-// of the two smaller parts. With 8-bit sums the larger parts alone do.
+// Activations and weights are rounded to whole numbers 256 a + b of the largest among 256 inputs, so that a and b are
+// int8; the products of the parts are added up by themselves.
 #define NOMUL_NAMESPACE nomul_amx
-#include <cstring>
+#include <utility>
 
-#include "kernels.h"
-#include "lanes_avx512.h"
-#include "scales.h"
-#include "stored.h"
+#include "amx_weights.h"
 
 namespace NOMUL_NAMESPACE {
 
-// A tile register holds 16 rows of 64 bytes: of weights, 16 rows at a chunk's inputs; of activations, a chunk's 16 pairs
-// of inputs for 16 tokens.
-constexpr int64_t kTile = 1024, kParts = 2;
-// Chunks that are decoded before they are multiplied, and tiles of rows that share what is read of the activations.
-constexpr int64_t kStrip = 8, kTogether = 4;
+// Tiles of rows that share what is read of the activations.
+constexpr int64_t kTogether = 4;
 // Tokens from which decoding the weight once is faster than looking up.
 constexpr int64_t kMany = 24, kManyDense = 9;
 // Planes that a table of 32 values covers; more are taken in two rounds.
 constexpr int kTablePlanes = 5;
+// Activations of 16 tokens at a block of inputs: what a token's 1 stands for, then [step][part][16 quads of inputs][token].
+constexpr int64_t kUnitBytes = kLanes * sizeof(float), kBlockBytes = kUnitBytes + kHalfBytes;
 
 static inline int64_t token_tiles(int64_t tokens) { return over(tokens, kLanes); }
 
 // How the inputs of a weight fall into chunks: groups are filled up to whole ones.
 struct Chunks {
-  int64_t inputs, group, groups, count;
-  int64_t token_tile_bytes() const { return count * kParts * kTile; }
+  int64_t inputs, group, group_chunks, count;
+  int64_t blocks() const { return over(count, kWideChunks); }
+  int64_t token_tile_bytes() const { return blocks() * kBlockBytes; }
+  // The inputs of a chunk: the first, and how many there are.
+  int64_t first(int64_t chunk) const { return chunk / group_chunks * group + chunk % group_chunks * kChunk; }
+  int64_t size(int64_t chunk) const {
+    const int64_t end = (chunk / group_chunks + 1) * group, last = end < inputs ? end : inputs;
+    return last - first(chunk) < kChunk ? last - first(chunk) : kChunk;
+  }
 };
 
-static inline Chunks chunks_of(const Shape& s) { return {s.inputs, s.group, s.groups, s.chunks}; }
-static inline Chunks chunks_of(const nomul_dense& d) { return {d.inputs, d.inputs, 1, over(d.inputs, kChunk)}; }
-
-struct Halves {
-  __m512i first, second;
-};
-
-// Two bfloat16 that add up to each of 32 floats but for 2^-17 of it.
-static inline Halves split(__m512 a, __m512 b) {
-  const __m512i first = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-  const __m512i of_a = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(first)), 16);
-  const __m512i of_b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(first, 1)), 16);
-  const __m512 rest_a = _mm512_sub_ps(a, _mm512_castsi512_ps(of_a)), rest_b = _mm512_sub_ps(b, _mm512_castsi512_ps(of_b));
-  return {first, (__m512i)_mm512_cvtne2ps_pbh(rest_b, rest_a)};
+static inline Chunks chunks_of(const Shape& s) { return {s.inputs, s.group, s.group_chunks, s.chunks}; }
+static inline Chunks chunks_of(const nomul_dense& d) {
+  const int64_t count = over(d.inputs, kChunk);
+  return {d.inputs, d.inputs, count, count};
 }
 
 // Turn 16 rows of 16 words by the side.
@@ -52,144 +45,38 @@ static inline void turn(const uint8_t* rows, uint8_t* columns) {
   for (int i = 0; i < kLanes; i++) _mm512_store_si512(columns + 64 * i, _mm512_i32gather_epi32(places, rows + 4 * i, 4));
 }
 
-// Activations as [token tile][chunk][part], tokens and inputs filled up with zeros.
-static void split_tokens(const Chunks& c, const float* x, int64_t tokens, uint8_t* out) {
+// The numbers of a token in a block as two int8, row `lane` of the tiles [step][part][16 tokens][64 inputs]; those of 8
+// bits have no smaller part. Returns what 1 in the last part stands for.
+static float split_token(const float* values, int32_t mode, int lane, uint8_t* out) {
+  const bool byte = mode == NOMUL_8_BIT;
+  const Scaling s = scaling_of(_mm512_set1_ps(largest(values, kWide)));
+  // What is rounded to 8 bits is the larger part, as a whole number of 256.
+  const __m512 scale = _mm512_mul_ps(s.scale, _mm512_set1_ps(byte ? 1.0f / 256.0f : 1.0f));
+  for (int k = 0; k < kWide; k += kLanes) {
+    uint8_t *larger = out + k / kStep * kStepBytes + lane * kStep + k % kStep, *smaller = larger + kTile;
+    if (byte) std::swap(larger, smaller);
+    store_parts(_mm512_mul_ps(_mm512_load_ps(values + k), scale), larger, smaller);
+  }
+  return _mm512_cvtss_f32(s.unit) * (byte ? 256.0f : 1.0f);
+}
+
+// Activations as [token tile][block], tokens and inputs filled up with zeros.
+static void split_tokens(const Chunks& c, int32_t mode, const float* x, int64_t tokens, uint8_t* out) {
   for (int64_t first = 0; first < tokens; first += kLanes) {
     const int64_t count = tokens - first < kLanes ? tokens - first : kLanes;
-    for (int64_t g = 0; g < c.groups; g++) {
-      const int64_t end = g + 1 < c.groups ? (g + 1) * c.group : c.inputs;
-      for (int64_t k = g * c.group; k < end; k += kChunk, out += kParts * kTile) {
-        alignas(64) uint8_t rows[kParts][kTile] = {};
-        const int64_t inputs = end - k < kChunk ? end - k : kChunk;
-        for (int64_t t = 0; t < count; t++) {
-          alignas(64) float chunk[kChunk] = {};
-          std::memcpy(chunk, x + (first + t) * c.inputs + k, sizeof(float) * inputs);
-          const Halves parts = split(_mm512_load_ps(chunk), _mm512_load_ps(chunk + 16));
-          _mm512_store_si512(rows[0] + 64 * t, parts.first);
-          _mm512_store_si512(rows[1] + 64 * t, parts.second);
-        }
-        for (int part = 0; part < kParts; part++) turn(rows[part], out + part * kTile);
+    for (int64_t block = 0; block < c.count; block += kWideChunks, out += kBlockBytes) {
+      alignas(64) uint8_t parts[kHalfBytes] = {};
+      std::memset(out, 0, kUnitBytes);
+      for (int64_t t = 0; t < count; t++) {
+        alignas(64) float values[kWide] = {};
+        for (int64_t i = 0; i < kWideChunks && block + i < c.count; i++)
+          std::memcpy(values + i * kChunk, x + (first + t) * c.inputs + c.first(block + i), sizeof(float) * c.size(block + i));
+        ((float*)out)[t] = split_token(values, mode, (int)t, parts);
       }
+      for (int64_t tile = 0; tile < kHalfBytes; tile += kTile) turn(parts + tile, out + kUnitBytes + tile);
     }
   }
 }
-
-// Reads a tile of 32 rows of a weight chunk after chunk, as [half][part][16 rows][32 inputs].
-//
-// Of compressed weights: planes [First, First + Count) of P; the offset goes with the first planes.
-template <int P, int First, int Count>
-struct Tables {
-  const Shape* shape = nullptr;
-  const uint8_t *head = nullptr, *record = nullptr, *signs = nullptr;
-  int64_t group = -1, left = 0;
-  // For each row the value of every choice of signs, as two bfloat16.
-  alignas(64) uint8_t values[kRows][kParts][64];
-
-  void start(const nomul_job<nomul_layout>& job, const Shape& s, int64_t index) {
-    const uint8_t* tile = job.weight + index * s.tile_bytes;
-    shape = &s, head = tile, record = tile + kHalves * s.exponent_bytes, signs = tile + s.head_bytes;
-    group = -1, left = 0;
-  }
-
-  void next_group() {
-    const Shape& s = *shape;
-    const bool offset = First == 0 && (s.offset != NOMUL_NO_OFFSET || s.tied);
-    for (int h = 0; h < kHalves; h++, record += s.scale_bytes) {
-      const int8_t* exponents = (const int8_t*)head + h * s.exponent_bytes;
-      Scales<P> scales;
-      decode_scales<P>(s, record, scales);
-      Floats low = offset ? scales.offset : zeros();
-      if (offset && s.terms) low = scaled(low, s.tied ? exponents : exponents + kLanes);
-      alignas(64) float base[kLanes], step[Count][kLanes];
-      for (int p = 0; p < Count; p++) {
-        const Floats alpha = s.terms ? scaled(scales.plane[First + p], exponents) : scales.plane[First + p];
-        low = fma(alpha, all(-1.0f), low);
-        store(step[p], alpha + alpha, kLanes);
-      }
-      store(base, low, kLanes);
-      for (int lane = 0; lane < kLanes; lane++) {
-        constexpr __mmask16 kHas[4] = {0xAAAA, 0xCCCC, 0xF0F0, 0xFF00};
-        __m512 a = _mm512_set1_ps(base[lane]);
-        for (int p = 0; p < (Count < 4 ? Count : 4); p++) a = _mm512_mask_add_ps(a, kHas[p], a, _mm512_set1_ps(step[p][lane]));
-        const Halves parts = split(a, Count > 4 ? _mm512_add_ps(a, _mm512_set1_ps(step[Count - 1][lane])) : a);
-        _mm512_store_si512(values[h * kLanes + lane][0], parts.first);
-        _mm512_store_si512(values[h * kLanes + lane][1], parts.second);
-      }
-    }
-    left = ++group + 1 < s.groups ? s.group_chunks : s.last_chunks;
-  }
-
-  void chunk(uint8_t* out) {
-    if (!left) next_group();
-    left--;
-    for (int row = 0; row < kRows; row++) {
-      const int half = row / kLanes, lane = row % kLanes;
-      __m512i index = _mm512_setzero_si512();
-#pragma GCC unroll 5
-      for (int p = 0; p < Count; p++) {
-        uint32_t bits;
-        std::memcpy(&bits, signs + ((First + p) * kHalves + half) * 64 + lane * 4, 4);
-        index = _mm512_mask_add_epi16(index, bits, index, _mm512_set1_epi16((int16_t)(1 << p)));
-      }
-      uint8_t* to = out + half * kParts * kTile + lane * 64;
-      _mm512_store_si512(to, _mm512_permutexvar_epi16(index, _mm512_load_si512(values[row][0])));
-      _mm512_store_si512(to + kTile, _mm512_permutexvar_epi16(index, _mm512_load_si512(values[row][1])));
-    }
-    signs += P * kHalves * 64;
-  }
-};
-
-// Of bfloat16: as stored, the second part being nothing.
-struct Stored {
-  const uint8_t* weight = nullptr;
-  int64_t inputs = 0, rows = 0, next = 0;
-
-  void start(const nomul_job<nomul_dense>& job, const nomul_dense& d, int64_t index) {
-    weight = job.weight + index * kRows * d.inputs * 2, inputs = d.inputs, next = 0;
-    rows = d.rows - index * kRows < kRows ? d.rows - index * kRows : kRows;
-  }
-
-  void chunk(uint8_t* out) {
-    const int64_t count = inputs - next < kChunk ? inputs - next : kChunk;
-    const __mmask32 some = (__mmask32)((1ull << count) - 1);
-    for (int64_t r = 0; r < kRows; r++) {
-      const __mmask32 there = r < rows ? some : 0;
-      const __m512i values = _mm512_maskz_loadu_epi16(there, weight + (r * inputs + next) * 2);
-      _mm512_store_si512(out + r / kLanes * kParts * kTile + r % kLanes * 64, values);
-    }
-    next += kChunk;
-  }
-};
-
-// Of int8 with scales: a chunk is a block of one scale.
-struct Scaled {
-  const nomul_dense* dense = nullptr;
-  const uint8_t* weight = nullptr;
-  int64_t first = 0, next = 0;
-
-  void start(const nomul_job<nomul_dense>& job, const nomul_dense& d, int64_t index) {
-    dense = &d, weight = job.weight, first = index * kRows, next = 0;
-  }
-
-  void chunk(uint8_t* out) {
-    const int64_t left = dense->inputs - next;
-    for (int64_t r = 0; r < kRows; r++) {
-      const auto half = [&](int64_t from) {
-        const int64_t count = left - from < kLanes ? left - from : kLanes;
-        if (first + r >= dense->rows || count <= 0) return _mm512_setzero_ps();
-        return weights_at<NOMUL_INT8>(*dense, weight, first + r, next + from, (int)count).v;
-      };
-      const Halves parts = split(half(0), half(kLanes));
-      uint8_t* to = out + r / kLanes * kParts * kTile + r % kLanes * 64;
-      _mm512_store_si512(to, parts.first);
-      _mm512_store_si512(to + kTile, parts.second);
-    }
-    next += kChunk;
-  }
-};
-
-// Which products of parts are added: of the larger parts, all but that of the smaller, or those of whole weights.
-enum class Products { kLarger, kThree, kWhole };
 
 struct Config {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -197,68 +84,114 @@ struct Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-template <int T>
-NOMUL_INLINE void add_products(const uint8_t* w, const uint8_t* x, int64_t token_tile) {
-  _tile_loadd(4, w, 64);
-  _tile_loadd(5, w + kParts * kTile, 64);
-  _tile_loadd(6, x, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 5, 6);
-  if constexpr (T == 2) {
-    _tile_loadd(7, x + token_tile, 64);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+// Add sums [parts][16 rows][16 tokens], of which each counts 256 times the next, to those of floats.
+template <int Parts>
+NOMUL_INLINE void add_scaled(const int32_t* found, const float* row_unit, const float* token_unit, float* sums) {
+  const __m512 units = _mm512_load_ps(token_unit);
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; r++) {
+    __m512 all = _mm512_cvtepi32_ps(_mm512_load_si512(found + r * kLanes));
+#pragma GCC unroll 2
+    for (int part = 1; part < Parts; part++) {
+      const __m512 next = _mm512_cvtepi32_ps(_mm512_load_si512(found + part * kLanes * kLanes + r * kLanes));
+      all = _mm512_fmadd_ps(all, _mm512_set1_ps(256.0f), next);
+    }
+    all = _mm512_mul_ps(all, _mm512_set1_ps(row_unit[r]));
+    _mm512_store_ps(sums + r * kLanes, _mm512_fmadd_ps(all, units, _mm512_load_ps(sums + r * kLanes)));
   }
 }
 
-// Add the products of a strip to sums [T token tiles][2 halves][16 rows][16 tokens].
-template <int T>
-static inline void multiply(const uint8_t* w, const uint8_t* x, int64_t token_tile, int64_t chunks, Products products,
+// Add the products of 16 rows and 16 T tokens at a block to sums [T][2 halves][16 rows][16 tokens]. Both: activations
+// have a smaller part; tiles 0 to 2, and 3 to 5 of the second token tile, then are a c, a d + b c and b d, else a c and b c.
+template <int T, bool Both>
+static inline void multiply(const uint8_t* w, const float* row_unit, const uint8_t* x, int64_t token_tile, int64_t steps,
                             float* sums) {
-  _tile_loadd(0, sums, 64);
-  _tile_loadd(1, sums + 256, 64);
+  constexpr int kSums = Both ? 3 : 2;
+  alignas(64) int32_t found[T][kSums][kLanes * kLanes];
+  const uint8_t* from = x + kUnitBytes;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  for (int64_t i = 0; i < steps; i++, w += kStepBytes, from += kStepBytes) {
+    const uint8_t* second = from + token_tile;
+    _tile_loadd(6, w, 64);
+    _tile_loadd(7, from, 64);
+    _tile_dpbssd(0, 6, 7);
+    if constexpr (T == 2) {
+      _tile_loadd(7, second, 64);
+      _tile_dpbssd(3, 6, 7);
+    }
+    if constexpr (Both) {
+      _tile_loadd(7, from + kTile, 64);
+      _tile_dpbssd(1, 6, 7);
+      if constexpr (T == 2) {
+        _tile_loadd(7, second + kTile, 64);
+        _tile_dpbssd(4, 6, 7);
+      }
+      _tile_loadd(6, w + kTile, 64);
+      _tile_loadd(7, from + kTile, 64);
+      _tile_dpbssd(2, 6, 7);
+      if constexpr (T == 2) {
+        _tile_loadd(7, second + kTile, 64);
+        _tile_dpbssd(5, 6, 7);
+      }
+    } else {
+      _tile_loadd(6, w + kTile, 64);
+    }
+    _tile_loadd(7, from, 64);
+    _tile_dpbssd(1, 6, 7);
+    if constexpr (T == 2) {
+      _tile_loadd(7, second, 64);
+      _tile_dpbssd(4, 6, 7);
+    }
+  }
+  _tile_stored(0, found[0][0], 64);
+  _tile_stored(1, found[0][1], 64);
+  if constexpr (Both) _tile_stored(2, found[0][2], 64);
   if constexpr (T == 2) {
-    _tile_loadd(2, sums + 512, 64);
-    _tile_loadd(3, sums + 768, 64);
+    _tile_stored(3, found[1][0], 64);
+    _tile_stored(4, found[1][1], 64);
+    if constexpr (Both) _tile_stored(5, found[1][2], 64);
   }
-  for (int64_t i = 0; i < chunks; i++, x += kParts * kTile, w += kHalves * kParts * kTile) {
-    add_products<T>(w, x, token_tile);
-    if (products == Products::kLarger) continue;
-    add_products<T>(w, x + kTile, token_tile);
-    if (products == Products::kThree) add_products<T>(w + kTile, x, token_tile);
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  if constexpr (T == 2) {
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
-  }
+  for (int t = 0; t < T; t++)
+    add_scaled<kSums>(found[t][0], row_unit, (const float*)(x + t * token_tile), sums + t * 512);
 }
 
-// A thread's own memory: the weights of a strip, then the sums of a tile of rows for all tokens; for each tile of rows.
-constexpr int64_t kStripBytes = kStrip * kHalves * kParts * kTile;
+// A thread's own memory: a block of the weights, then the sums of a tile of rows for all tokens; for each tile of rows.
 static inline int64_t sums_bytes(int64_t tokens) { return token_tiles(tokens) * kHalves * kTile; }
+
+// Add the products of tiles of rows at a block with all tokens.
+template <bool Both>
+static void add_block(const Strip* strips, int64_t count, const uint8_t* x, int64_t token_tile, int64_t tokens,
+                      int64_t steps, float* sums) {
+  const int64_t tiles = token_tiles(tokens), each = sums_bytes(tokens) / 4;
+  for (int64_t t = 0; t < tiles; t += 2)
+    for (int64_t r = 0; r < count; r++)
+      for (int h = 0; h < kHalves; h++) {
+        const uint8_t *w = strips[r].parts + h * kHalfBytes, *from = x + t * token_tile;
+        const float* unit = strips[r].unit + h * kLanes;
+        float* to = sums + r * each + t * 512 + h * 256;
+        if (t + 2 <= tiles) multiply<2, Both>(w, unit, from, token_tile, steps, to);
+        else multiply<1, Both>(w, unit, from, token_tile, steps, to);
+      }
+}
 
 // Add the products of `count` tiles of rows with all tokens; whole: what readers of tiles start from.
 template <class Reader, class Form, class Whole>
-static void add_tiles(const nomul_job<Form>& job, const Whole& whole, Products products, int64_t tile, int64_t count,
-                      uint8_t* strips, float* sums) {
+static void add_tiles(const nomul_job<Form>& job, const Whole& whole, int64_t tile, int64_t count, Strip* strips,
+                      float* sums) {
   const Chunks c = chunks_of(whole);
-  const int64_t tiles = token_tiles(job.tokens), step = c.token_tile_bytes(), each = sums_bytes(job.tokens) / 4;
   Reader readers[kTogether];
   for (int64_t r = 0; r < count; r++) readers[r].start(job, whole, tile + r);
-  for (int64_t first = 0; first < c.count; first += kStrip) {
-    const int64_t chunks = c.count - first < kStrip ? c.count - first : kStrip;
-    for (int64_t r = 0; r < count; r++)
-      for (int64_t i = 0; i < chunks; i++) readers[r].chunk(strips + r * kStripBytes + i * kHalves * kParts * kTile);
-    const uint8_t* x = (const uint8_t*)job.scratch + first * kParts * kTile;
-    for (int64_t t = 0; t < tiles; t += 2)
-      for (int64_t r = 0; r < count; r++) {
-        const uint8_t* w = strips + r * kStripBytes;
-        float* to = sums + r * each + t * 512;
-        if (t + 2 <= tiles) multiply<2>(w, x + t * step, step, chunks, products, to);
-        else multiply<1>(w, x + t * step, step, chunks, products, to);
-      }
+  const uint8_t* x = (const uint8_t*)job.scratch;
+  for (int64_t first = 0; first < c.count; first += kWideChunks, x += kBlockBytes) {
+    const int64_t chunks = c.count - first < kWideChunks ? c.count - first : kWideChunks;
+    for (int64_t r = 0; r < count; r++) readers[r].block(strips[r], chunks);
+    const auto add = job.mode == NOMUL_8_BIT ? add_block<false> : add_block<true>;
+    add(strips, count, x, c.token_tile_bytes(), job.tokens, over(chunks, kStepChunks), sums);
   }
 }
 
@@ -280,8 +213,8 @@ static void store_sums(const nomul_job<Form>& job, int64_t row, const float* sum
 // Compute all tiles of rows of a job; add(tile, count, strips, sums) adds the products of some.
 template <class Form, class Add>
 static void each_tile(const nomul_job<Form>& job, void* spare, const Add& add) {
-  uint8_t* strips = (uint8_t*)spare;
-  float* sums = (float*)(strips + kTogether * kStripBytes);
+  Strip* strips = (Strip*)spare;
+  float* sums = (float*)(strips + kTogether);
   const Config config;
   _tile_loadconfig(&config);
   const int64_t last = over(job.last_row, kRows);
@@ -295,7 +228,9 @@ static void each_tile(const nomul_job<Form>& job, void* spare, const Add& add) {
   _tile_release();
 }
 
-static int64_t tile_spare_bytes(int64_t tokens) { return kTogether * (kStripBytes + sums_bytes(tokens)); }
+static int64_t tile_spare_bytes(int64_t tokens) {
+  return kTogether * ((int64_t)sizeof(Strip) + sums_bytes(tokens));
+}
 
 static bool by_tiles(int64_t tokens, int32_t mode) { return mode != NOMUL_EXACT && tokens >= kMany; }
 
@@ -305,7 +240,7 @@ static int64_t scratch_bytes(const nomul_layout& l, int64_t tokens, int32_t mode
 }
 
 static void prepare(const nomul_layout& l, int32_t mode, const float* x, int64_t tokens, void* scratch) {
-  if (by_tiles(tokens, mode)) split_tokens(chunks_of(shape_of(l)), x, tokens, (uint8_t*)scratch);
+  if (by_tiles(tokens, mode)) split_tokens(chunks_of(shape_of(l)), mode, x, tokens, (uint8_t*)scratch);
   else nomul_avx512_kernels()->tiled.prepare(l, mode, x, tokens, scratch);
 }
 
@@ -316,43 +251,40 @@ static int64_t spare_bytes(const nomul_layout& l, int64_t tokens, int32_t mode) 
 static void rows(const nomul_job<nomul_layout>& job, void* spare) {
   if (!by_tiles(job.tokens, job.mode)) return nomul_avx512_kernels()->tiled.rows(job, spare);
   const Shape s = shape_of(job.form);
-  const Products products = job.mode == NOMUL_8_BIT ? Products::kLarger : Products::kThree;
-  each_tile(job, spare, [&](int64_t tile, int64_t count, uint8_t* strips, float* sums) {
+  each_tile(job, spare, [&](int64_t tile, int64_t count, Strip* strips, float* sums) {
     with_planes(s, [&](auto planes) {
       constexpr int P = planes.value, kFirst = P < kTablePlanes ? P : kTablePlanes;
-      add_tiles<Tables<P, 0, kFirst>>(job, s, products, tile, count, strips, sums);
-      if constexpr (P > kFirst) add_tiles<Tables<P, kFirst, P - kFirst>>(job, s, products, tile, count, strips, sums);
+      add_tiles<Tables<P, 0, kFirst>>(job, s, tile, count, strips, sums);
+      if constexpr (P > kFirst) add_tiles<Tables<P, kFirst, P - kFirst>>(job, s, tile, count, strips, sums);
     });
   });
 }
 
-static bool by_tiles(const nomul_dense& d, int64_t tokens, int32_t mode) {
-  return mode != NOMUL_EXACT && d.kind != NOMUL_FLOAT16 && tokens >= kManyDense;
-}
+static bool many_dense(int64_t tokens, int32_t mode) { return mode != NOMUL_EXACT && tokens >= kManyDense; }
 
 static int64_t dense_scratch_bytes(const nomul_dense& d, int64_t tokens, int32_t mode) {
-  if (!by_tiles(d, tokens, mode)) return nomul_avx512_kernels()->dense.scratch_bytes(d, tokens, mode);
+  if (!many_dense(tokens, mode)) return nomul_avx512_kernels()->dense.scratch_bytes(d, tokens, mode);
   return token_tiles(tokens) * chunks_of(d).token_tile_bytes();
 }
 
 static void dense_prepare(const nomul_dense& d, int32_t mode, const float* x, int64_t tokens, void* scratch) {
-  if (by_tiles(d, tokens, mode)) split_tokens(chunks_of(d), x, tokens, (uint8_t*)scratch);
+  if (many_dense(tokens, mode)) split_tokens(chunks_of(d), mode, x, tokens, (uint8_t*)scratch);
   else nomul_avx512_kernels()->dense.prepare(d, mode, x, tokens, scratch);
 }
 
 static int64_t dense_spare_bytes(const nomul_dense& d, int64_t tokens, int32_t mode) {
-  return by_tiles(d, tokens, mode) ? tile_spare_bytes(tokens)
-                                   : nomul_avx512_kernels()->dense.spare_bytes(d, tokens, mode);
+  return many_dense(tokens, mode) ? tile_spare_bytes(tokens)
+                                  : nomul_avx512_kernels()->dense.spare_bytes(d, tokens, mode);
 }
 
 static void dense_rows(const nomul_job<nomul_dense>& job, void* spare) {
-  if (!by_tiles(job.form, job.tokens, job.mode)) return nomul_avx512_kernels()->dense.rows(job, spare);
-  const bool whole = job.form.kind == NOMUL_BFLOAT16;
-  const Products all = whole ? Products::kWhole : Products::kThree;
-  const Products products = job.mode == NOMUL_8_BIT ? Products::kLarger : all;
-  each_tile(job, spare, [&](int64_t tile, int64_t count, uint8_t* strips, float* sums) {
-    if (whole) add_tiles<Stored>(job, job.form, products, tile, count, strips, sums);
-    else add_tiles<Scaled>(job, job.form, products, tile, count, strips, sums);
+  if (!many_dense(job.tokens, job.mode)) return nomul_avx512_kernels()->dense.rows(job, spare);
+  each_tile(job, spare, [&](int64_t tile, int64_t count, Strip* strips, float* sums) {
+    switch (job.form.kind) {
+      case NOMUL_BFLOAT16: return add_tiles<Rows<NOMUL_BFLOAT16>>(job, job.form, tile, count, strips, sums);
+      case NOMUL_FLOAT16: return add_tiles<Rows<NOMUL_FLOAT16>>(job, job.form, tile, count, strips, sums);
+      default: return add_tiles<Rows<NOMUL_INT8>>(job, job.form, tile, count, strips, sums);
+    }
   });
 }
 

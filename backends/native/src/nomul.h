@@ -21,8 +21,8 @@ enum { NOMUL_LAYOUT_VERSION = 1 };
 
 enum { NOMUL_OK = 0, NOMUL_BAD_LAYOUT = 1, NOMUL_BAD_ARGUMENT = 2, NOMUL_NO_SUCH_LEVEL = 3, NOMUL_NO_MEMORY = 4 };
 
-// How activations enter: as float; as sums of four of 16 bits, so that they keep 14 (many tokens: as two bfloat16); or
-// as sums of four of 8 bits (many tokens: as bfloat16). What a level has no faster way for it takes as float,
+// How activations enter: as float; as sums of four of 16 bits, so that they keep 14 (many tokens: each of 16 bits); or
+// as sums of four of 8 bits (many tokens: each of 8 bits). What a level has no faster way for it takes as float,
 // and what would be rounded too coarsely: sums of more than five planes cancel each other for the most part.
 enum { NOMUL_EXACT = 0, NOMUL_14_BIT = 1, NOMUL_8_BIT = 2 };
 
