@@ -15,7 +15,6 @@ from tests.coded_weights import exact_product, quant_codes, relative_error, shif
 
 # Bounds of relative error against float64: what each mode promises.
 BOUNDS = {"exact": 1e-6, "14bit": 1e-4, "8bit": 3e-2}
-DENSE_BOUNDS = {"exact": 1e-6, "14bit": 1e-4, "8bit": 3e-2}
 LEVELS = load().levels
 # Rows, inputs and group: tiny, ragged, whole, wide, with groups that fill no whole chunk and groups of a whole row.
 SHAPES = [(1, 1, 64), (17, 33, 32), (33, 100, 40), (48, 64, 4096), (31, 576, 64), (129, 257, 96)]
@@ -110,7 +109,7 @@ def test_products_with_16_bit_floats_are_within_the_bound_of_their_mode(
     for tokens in (1, 2, 3, 7, 9, 40):
         x = activations(tokens, shape[1], seed=tokens)
         got = library.dense_linear(x, weight, bias, mode, threads=2)
-        assert relative_error(got, exact_product(x, weight.double(), bias)) <= DENSE_BOUNDS[mode], tokens
+        assert relative_error(got, exact_product(x, weight.double(), bias)) <= BOUNDS[mode], tokens
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -127,7 +126,7 @@ def test_products_with_scaled_int8_are_within_the_bound_of_their_mode(
     for tokens in (1, 2, 3, 7, 9, 40):
         x = activations(tokens, inputs, seed=tokens)
         got = library.dense_linear(x, codes, bias, mode, 2, scales)
-        assert relative_error(got, exact_product(x, weight, bias)) <= DENSE_BOUNDS[mode], tokens
+        assert relative_error(got, exact_product(x, weight, bias)) <= BOUNDS[mode], tokens
 
 
 def test_int8_without_scales_is_refused(library: Library) -> None:
