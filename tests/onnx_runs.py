@@ -22,9 +22,9 @@ SIZES = [(1, 1, 0), (1, 3, 0), (3, 2, 5)]
 
 
 def function_program(
-    function: Callable[..., Any], inputs: dict[str, TensorType], params: dict[str, Tensor] | None = None
+    function: Callable[..., Any] | fx.Graph, inputs: dict[str, TensorType], params: dict[str, Tensor] | None = None
 ) -> Program:
-    """Return a function of ATen calls, or one operator, as a program; arguments are inputs unless `params` has them."""
+    """Return a function of ATen calls, one operator or a graph as a program; arguments in `params` are no inputs."""
     graph = _graph(function, list(inputs))
     params = params or {}
     values: dict[fx.Node, Any] = {}
@@ -47,7 +47,9 @@ def function_program(
     return Program(graph, store, name="function", symbols=("batch", "seq", "past"))
 
 
-def _graph(function: Callable[..., Any], names: list[str]) -> fx.Graph:
+def _graph(function: Callable[..., Any] | fx.Graph, names: list[str]) -> fx.Graph:
+    if isinstance(function, fx.Graph):
+        return function
     if not isinstance(function, torch._ops.OpOverload):
         return fx.Tracer().trace(function)
     graph = fx.Graph()
@@ -85,13 +87,17 @@ def onnx_outputs(
     return session_outputs(program, inputs, folder)
 
 
-def session_outputs(program: Program, inputs: Sequence[Tensor], folder: Path) -> list[Tensor]:
-    """Return what the model in a folder gives for inputs."""
+def session_outputs(
+    program: Program, inputs: Sequence[Tensor], folder: Path, library: Path | None = None
+) -> list[Tensor]:
+    """Return what the model in a folder gives for inputs, with a library of operators or without."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
     names = [input_name(program, i) for i in range(len(program.inputs))]
     read = {i.name for i in session.get_inputs()}

@@ -159,7 +159,7 @@ def test_with_the_library_kernels_run_and_without_it_functions(tmp_path: Path) -
     model = emit_program(program)
     write_model(model, tmp_path)
     wanted = {k.removeprefix("nomul::"): v for k, v in node_counts(model).items() if k.startswith("nomul::")}
-    assert wanted["TiledLinear"] == 14 and wanted["Hadamard"] > 0
+    assert wanted["TiledLinear"] == 8 and wanted["Hadamard"] > 0
     for library, found in ((built_library(), wanted), (None, {})):
         options = SessionOptions(threads=1, library=library, profile=str(tmp_path / "trace"))
         runtime = OnnxRuntime(program, tmp_path, options=options)
@@ -175,7 +175,7 @@ def test_one_function_serves_all_linears_of_a_layout(tmp_path: Path) -> None:
     model = emit_program(program)
     linears = [node for node in model.graph if node.op_type == "TiledLinear"]
     functions = [f for f in model.functions.values() if f.name == "TiledLinear"]
-    assert {n.overload for n in linears} == {f.overload for f in functions} and len(functions) < len(linears) / 2
+    assert {n.overload for n in linears} == {f.overload for f in functions} and len(functions) <= len(linears) / 2
     write_model(model, tmp_path)
     onnx.checker.check_model(str(tmp_path / MODEL_FILE))
 

@@ -39,8 +39,7 @@ class _Kinds:
 def plan(program: Program, opset: int, own: tuple[Group, ...] = ()) -> tuple[Fused, ...]:
     """Return the groups of a program that the operators of an opset cover; no node is in two of them.
 
-    own: functions of the program that find groups of nomul's operators, such as linears that read the same input;
-    theirs come first.
+    own: functions of the program that find groups of nomul's operators; theirs come first.
     """
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     taken: set[fx.Node] = set()

@@ -50,7 +50,7 @@ def emit_program(
             f"opset {opset} cannot be written", where=program.name, fix=f"use one of {', '.join(map(str, OPSETS))}"
         )
     emitter = Emitter(program, whole_table(), opset, fuse, mode, uniform, accuracy_of(mode, accuracy_level), narrow)
-    fused = plan(program, opset, own_groups()) if fuse else ()
+    fused = plan(program, opset, own_groups(uniform)) if fuse else ()
     refused = _emit_nodes(emitter, program, fused)
     if refused:
         raise refusal(program, refused)

@@ -1,20 +1,20 @@
 """The whole operator table: standard operators here, those of nomul from `nomul_ops` where it is there.
 
-`nomul_ops` has `TABLE`, of the same form as those here. It may have `GROUPS`: functions of the program that return
-`groups.Fused`, for calls that are better emitted together.
+`nomul_ops` has `TABLE`, of the same form as those here, and `GROUPS`: functions of the program, and of what runs
+uniform codes, that return `groups.Fused` for calls that are better emitted together.
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from backends.onnxruntime import attention, elementwise, experts, indexing, linear, reductions, shapes, sizes
-from backends.onnxruntime.emitter import Entry
+from backends.onnxruntime.emitter import Entry, Uniform
 from ir.text import op_name
 
 _NOMUL = "backends.onnxruntime.nomul_ops"
@@ -38,9 +38,10 @@ def whole_table() -> dict[Any, Entry]:
     return {**STANDARD, **own}
 
 
-def own_groups() -> tuple[Any, ...]:
-    """Return the functions that find groups of nomul's operators."""
-    return tuple(getattr(importlib.import_module(_NOMUL), "GROUPS", ())) if find_spec(_NOMUL) is not None else ()
+def own_groups(uniform: Uniform) -> tuple[Any, ...]:
+    """Return the functions of a program that find groups of nomul's operators."""
+    found = importlib.import_module(_NOMUL).GROUPS if find_spec(_NOMUL) is not None else ()
+    return tuple(partial(find, uniform=uniform) for find in found)
 
 
 def op_names() -> frozenset[str]:

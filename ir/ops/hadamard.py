@@ -119,12 +119,12 @@ def _known(order: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def hadamard_factors(order: int) -> tuple[Tensor, ...]:
-    """Return int8 matrices whose Kronecker product is H, neighbouring factors as one up to `_AT_A_TIME` channels."""
+def hadamard_factors(order: int, most: int = _AT_A_TIME) -> tuple[Tensor, ...]:
+    """Return int8 matrices whose Kronecker product is H, neighbouring factors as one up to `most` channels."""
     matrices: list[Tensor] = []
     for factor in reversed(_known(order)):
         matrix = _factor_matrix(factor)
-        if matrices and matrices[0].shape[0] * factor <= _AT_A_TIME:
+        if matrices and matrices[0].shape[0] * factor <= most:
             matrices[0] = torch.kron(matrix, matrices[0])
         else:
             matrices.insert(0, matrix)

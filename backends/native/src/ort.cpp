@@ -1,6 +1,7 @@
 // ONNX Runtime's side: the operators of the domain `nomul`, on the runtime's threads.
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -282,6 +283,28 @@ OrtStatus* create_hadamard(const CustomOp*, Table api, const OrtKernelInfo* info
   return nullptr;
 }
 
+// Tokens of a piece of work.
+constexpr int64_t kTurned = 16;
+
+struct Turns {
+  const Hadamard& kernel;
+  const float* x;
+  int64_t tokens;
+  float* y;
+  std::atomic<int> failed;
+  char why[256];
+};
+
+void turn_some(void* user, size_t index) {
+  Turns& t = *(Turns*)user;
+  const Hadamard& k = t.kernel;
+  const int64_t first = (int64_t)index * kTurned, count = std::min(kTurned, t.tokens - first);
+  if (nomul_hadamard(t.x + first * k.width, count, k.width, k.signs, (int32_t)k.signs_last, (int64_t)k.sizes.size(),
+                     k.sizes.data(), k.columns.data(), t.y + first * k.width) &&
+      !t.failed.exchange(1))
+    std::snprintf(t.why, sizeof t.why, "%s", nomul_error());
+}
+
 OrtStatus* compute_hadamard(void* self, OrtKernelContext* context) {
   const Hadamard& k = *(const Hadamard*)self;
   Tensor x;
@@ -290,10 +313,15 @@ OrtStatus* compute_hadamard(void* self, OrtKernelContext* context) {
     return failure(k.api, "nomul::Hadamard: the last dim of the activations must be " + std::to_string(k.width));
   float* y = nullptr;
   if (OrtStatus* s = output(k.api, context, 0, x.dims, &y)) return s;
-  if (nomul_hadamard((const float*)x.data, x.count / k.width, k.width, k.signs, (int32_t)k.signs_last,
-                     (int64_t)k.sizes.size(), k.sizes.data(), k.columns.data(), y))
-    return failure(k.api, nomul_error());
-  return nullptr;
+  Turns turns = {k, (const float*)x.data, x.count / k.width, y, {0}, {}};
+  if (turns.tokens <= kTurned) {
+    turn_some(&turns, 0);
+  } else if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_ParallelFor, (const OrtKernelContext*)context,
+                                             &turn_some, (size_t)((turns.tokens + kTurned - 1) / kTurned), (size_t)0,
+                                             (void*)&turns)) {
+    return s;
+  }
+  return turns.failed ? failure(k.api, turns.why) : nullptr;
 }
 
 template <class Form>
