@@ -119,6 +119,9 @@ def test_what_does_not_fit_is_an_exception_that_says_why() -> None:
         linear_session(packed, None, planes=9)
     with pytest.raises(Exception, match="there is no mode 7"):
         linear_session(packed, None, mode=7)
+    for parts in ([40, 40], [20, 20], [32, 0, 8], [32], [64], [32, -32, 40]):
+        with pytest.raises(Exception, match="the parts must be the rows of the weight"):
+            linear_session(packed, None, parts=parts)
     with pytest.raises(Exception, match="the bias must have 40 values"):
         linear_session(packed, torch.zeros(41)).run(None, {"x": np.zeros((1, 1, 96), np.float32)})
     with pytest.raises(Exception, match="last dim of the activations must be 96"):

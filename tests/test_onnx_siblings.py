@@ -48,9 +48,9 @@ def _program(all_codes: list[ShiftCodes], biased: tuple[bool, ...], chain: bool 
 @pytest.mark.parametrize(
     ("rows", "planes", "biased", "found"),
     [
-        ((64, 32, 32), (3, 3, 3), (False, False, False), {TILED: 1, "Split": 1}),
-        ((64, 32), (3, 3), (True, True), {TILED: 1, "Split": 1, "Concat": 1}),
-        ((64, 32, 32), (3, 2, 3), (False, False, False), {TILED: 2, "Split": 1}),
+        ((64, 32, 32), (3, 3, 3), (False, False, False), {TILED: 1}),
+        ((64, 32), (3, 3), (True, True), {TILED: 1, "Concat": 1}),
+        ((64, 32, 32), (3, 2, 3), (False, False, False), {TILED: 2}),
         ((64, 40), (3, 3), (False, False), {TILED: 2}),
         ((64, 32), (3, 3), (True, False), {TILED: 2}),
         ((64,), (3,), (False,), {TILED: 1}),

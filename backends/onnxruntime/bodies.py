@@ -90,10 +90,14 @@ class Body:
         """Return what was added as a graph for an attribute of a node."""
         return self._ir.Graph(self._inputs, outputs, nodes=self._nodes, name=name)
 
-    def function(self, domain: str, name: str, overload: str, output: Any, attributes: Iterable[str], doc: str) -> Any:
-        """Return what was added as an `onnx_ir.Function` whose nodes may have the attributes of these names."""
+    def function(self, domain: str, name: str, overload: str, outputs: Any, attributes: Iterable[str], doc: str) -> Any:
+        """Return what was added as an `onnx_ir.Function` whose nodes may have the attributes of these names.
+
+        outputs: a value, or a tuple of several.
+        """
         opsets = {"": self.opset}
-        graph = self._ir.Graph(self._inputs, [output], nodes=self._nodes, name=name, opset_imports=opsets)
+        given = outputs if isinstance(outputs, tuple) else (outputs,)
+        graph = self._ir.Graph(self._inputs, given, nodes=self._nodes, name=name, opset_imports=opsets)
         graph.doc_string = doc
         undefined = self._ir.AttributeType.UNDEFINED
         declared = [self._ir.Attr(attribute, undefined, None) for attribute in attributes]

@@ -1,7 +1,7 @@
 """Linears that read the same value as one operator: its tables are made once, and threads start once.
 
 Tiles of rows stand by themselves, so that the weights of several linears in tile order, one after another, are that of
-one linear whose results are theirs side by side.
+one linear with several results.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def siblings(program: Program, uniform: str) -> Iterator[Fused]:
 def _layout(node: fx.Node, uniform: str) -> Layout | None:
     """Return the layout of a linear's weight, or None where something else than a kernel of nomul runs it."""
     args = _args(node)
-    if tensor_type_of(args[0]).dtype != torch.float32:
+    stored = [tensor_type_of(arg).dims for arg in node.all_input_nodes if arg is not args[0]]
+    if tensor_type_of(args[0]).dtype != torch.float32 or not all(isinstance(d, int) for dims in stored for d in dims):
         return None
     codes = codes_of(node.target, args, _like)
     if refuses(codes) is not None or (uniform == "contrib" and isinstance(codes, QuantCodes)):
@@ -71,7 +72,5 @@ def _emit(e: Emitter, nodes: tuple[fx.Node, ...]) -> None:
         Part(codes_of(n.target, args, partial(constant_of, e)), args[1], bias_of(n.target, args))
         for n, args in zip(nodes, calls, strict=True)
     ]
-    y = add_tiled(e, calls[0][0], parts)
-    rows = [layout_of(part.codes).rows for part in parts]
-    for node, result in zip(nodes, e.add("Split", y, rows, axis=-1, outputs=len(rows)), strict=True):
+    for node, result in zip(nodes, add_tiled(e, calls[0][0], parts), strict=True):
         e.bind(node, result)

@@ -91,9 +91,9 @@ def require_floats(x: fx.Node) -> None:
 
 
 def add_tiled(e: Emitter, x: fx.Node, parts: Sequence[Part]) -> Any:
-    """Return x W^T + bias by a kernel that reads W in tile order; the rows of the parts follow each other in W.
+    """Return x W^T + bias by a kernel that reads W in tile order, for several parts the tuple of their results.
 
-    The layouts of several parts differ in rows only, which fill whole tiles.
+    The rows of the parts follow each other in W; their layouts differ in rows only, which fill whole tiles.
     """
     layouts = [layout_of(part.codes) for part in parts]
     layout = replace(layouts[0], rows=sum(one.rows for one in layouts))
@@ -103,10 +103,12 @@ def add_tiled(e: Emitter, x: fx.Node, parts: Sequence[Part]) -> Any:
     weight = e.initializer(f"{'+'.join(names)}.tiles", shape, torch.uint8, lambda: _packed(parts, layout))
     biases = [part.bias for part in parts if part.bias is not None]
     inputs = [e.value(x), weight, _bias(e, biases)]
-    overload = linear_overload(layout, bool(biases))
+    rows = [one.rows for one in layouts]
+    overload = linear_overload(layout, bool(biases), rows)
     if not e.has_function(DOMAIN, "TiledLinear", overload):
-        e.function(linear_function(layout, bool(biases), e.opset))
-    return e.add("TiledLinear", *inputs, domain=DOMAIN, overload=overload, mode=MODES[e.mode], **layout.attributes())
+        e.function(linear_function(layout, bool(biases), e.opset, rows))
+    attributes = {"mode": MODES[e.mode], "parts": rows if len(rows) > 1 else None, **layout.attributes()}
+    return e.add("TiledLinear", *inputs, domain=DOMAIN, overload=overload, outputs=len(rows), **attributes)
 
 
 def _packed(parts: Sequence[Part], layout: Layout) -> Tensor:

@@ -7,6 +7,7 @@ with the library by kernels, and without it by these, slowly. Each layout has a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -23,15 +24,18 @@ _LANES, _HALVES, _CHUNK = 16, 2, 32
 _ROWS = _LANES * _HALVES
 
 
-def linear_overload(layout: Layout, bias: bool) -> str:
-    """Return the overload of `nomul::TiledLinear` for a layout, with or without a bias."""
+def linear_overload(layout: Layout, bias: bool, parts: Sequence[int] = ()) -> str:
+    """Return the overload of `nomul::TiledLinear` for a layout, with or without a bias; parts: rows of each output."""
     beside = {NO_OFFSET: "", OFFSET: "_offset", ZERO_POINT: "_zero"}[layout.offset]
     kind = f"{'uniform' if layout.tied else 'planes'}{layout.planes}_group{layout.group}_terms{layout.terms}{beside}"
-    return f"{kind}_{layout.rows}x{layout.inputs}{'_bias' if bias else ''}"
+    rows = "+".join(map(str, parts)) if len(parts) > 1 else layout.rows
+    return f"{kind}_{rows}x{layout.inputs}{'_bias' if bias else ''}"
 
 
-def linear_function(layout: Layout, bias: bool, opset: int) -> Any:
+def linear_function(layout: Layout, bias: bool, opset: int, parts: Sequence[int] = ()) -> Any:
     """Return the twin of `nomul::TiledLinear` for a layout: x [..., inputs], weight uint8 [tiles, bytes], bias [rows].
+
+    parts: the rows that each output has; by default there is one output.
 
     One tile of 32 rows is decoded after the other. That bounds memory, and keeps the runtime from decoding all
     weights to float when a file is opened, since what a scan reads is not constant.
@@ -47,9 +51,11 @@ def linear_function(layout: Layout, bias: bool, opset: int) -> Any:
     tiles = b.add("Scan", weight, num_scan_inputs=1, body=inner.graph([found], "tile"))
     flat = b.add("Reshape", tiles, b.vector([layout.tiles * _ROWS, -1]))
     y = result_of(b, b.cut(flat, 0, layout.rows, 0), x, given, layout.rows)
-    names = ("mode", *layout.attributes())
+    if len(parts) > 1:
+        y = tuple(b.add("Split", y, list(parts), axis=-1, outputs=len(parts)))
+    names = ("mode", "parts", *layout.attributes())
     doc = "x W^T + bias with W in tile order, decoded by standard operators; activations stay float in every mode."
-    return b.function(DOMAIN, "TiledLinear", linear_overload(layout, bias), y, names, doc)
+    return b.function(DOMAIN, "TiledLinear", linear_overload(layout, bias, parts), y, names, doc)
 
 
 def _tile_weight(b: Body, tile: Any, layout: Layout) -> Any:

@@ -48,6 +48,18 @@ OrtStatus* integer(Table api, const OrtKernelInfo* info, const char* name, int64
   return call<OrtStatus*>(api, ort::KernelInfoGetAttribute_int64, info, name, &out);
 }
 
+// Several integers; none where the attribute is left out.
+OrtStatus* integers(Table api, const OrtKernelInfo* info, const char* name, std::vector<int64_t>& out) {
+  size_t count = 0;
+  if (OrtStatus* s =
+          call<OrtStatus*>(api, ort::KernelInfoGetAttributeArray_int64, info, name, (int64_t*)nullptr, &count)) {
+    call<void>(api, ort::ReleaseStatus, s);
+    return nullptr;
+  }
+  out.resize(count);
+  return call<OrtStatus*>(api, ort::KernelInfoGetAttributeArray_int64, info, name, out.data(), &count);
+}
+
 // A constant input of a node; its data is the session's own and lives as long.
 OrtStatus* constant(Table api, const OrtKernelInfo* info, size_t index, const char* what, int type, Tensor& out) {
   int is_constant = 0;
@@ -93,16 +105,43 @@ void* scratch_of(int64_t bytes) {
   return held.get();
 }
 
-// y = x W^T + bias: inputs x, weight, for dense ones scales (of int8), bias (optional). Form says how W is stored.
+// Rows of the weight that one output has: a weight of their own, and where they begin in the whole one.
+template <class Form>
+struct Part {
+  Form form;
+  const uint8_t* weight;
+  int64_t begin;
+};
+
+// A piece of work: rows of a part.
+struct Piece {
+  size_t part;
+  int64_t first, last;
+};
+
+// y = x W^T + bias: inputs x, weight, for dense ones scales (of int8), bias (optional). Form says how W is stored. Each
+// output has the results of some rows, in order.
 template <class Form>
 struct Linear {
   Table api;
   const char* name;
   Form form{};
   int64_t mode = NOMUL_14_BIT;
-  const uint8_t* weight = nullptr;
   size_t bias_index = 2;
+  std::vector<Part<Form>> parts;
+  std::vector<Piece> pieces;
 };
+
+// Rows of a piece of work, tokens that are prepared at once, and the weights below which starting threads takes longer
+// than they save.
+constexpr int64_t kPiece = 128, kTokens = 512, kSmall = 1 << 18;
+
+template <class Form>
+void add_part(Linear<Form>& kernel, const Form& form, const uint8_t* weight, int64_t begin) {
+  for (int64_t first = 0; first < form.rows; first += kPiece)
+    kernel.pieces.push_back({kernel.parts.size(), first, std::min(form.rows, first + kPiece)});
+  kernel.parts.push_back({form, weight, begin});
+}
 
 // The functions of the C interface for a form.
 int64_t scratch_bytes(const nomul_layout& l, int64_t tokens, int64_t mode) {
@@ -149,7 +188,21 @@ OrtStatus* create_tiled(const CustomOp*, Table api, const OrtKernelInfo* info, v
   if (weight.count != bytes)
     return failure(api, "the weight has " + std::to_string(weight.count) + " bytes, its layout needs " +
                             std::to_string(bytes));
-  kernel->weight = (const uint8_t*)weight.data;
+  std::vector<int64_t> parts;
+  if (OrtStatus* s = integers(api, info, "parts", parts)) return s;
+  if (parts.empty()) parts.push_back(l.rows);
+  int64_t begin = 0;
+  const uint8_t* data = (const uint8_t*)weight.data;
+  for (size_t i = 0; i < parts.size(); i++) {
+    // Tiles are of 32 rows, so that all parts but the last must fill theirs.
+    if (parts[i] < 1 || parts[i] > l.rows - begin || (i + 1 < parts.size() && parts[i] % 32)) break;
+    nomul_layout part = l;
+    part.rows = parts[i];
+    add_part(*kernel, part, data, begin);
+    begin += parts[i], data += nomul_weight_bytes(&part);
+  }
+  if (kernel->parts.size() != parts.size() || begin != l.rows)
+    return failure(api, "nomul::TiledLinear: the parts must be the rows of the weight, in whole tiles of 32");
   *out = kernel.release();
   return nullptr;
 }
@@ -172,57 +225,59 @@ OrtStatus* create_dense(const CustomOp*, Table api, const OrtKernelInfo* info, v
   const int32_t kind = whole ? NOMUL_INT8 : weight.type == ort::kBfloat16 ? NOMUL_BFLOAT16 : NOMUL_FLOAT16;
   kernel->form = {kind, rows, inputs, scales.data}, kernel->bias_index = 3;
   if (scratch_bytes(kernel->form, 1, kernel->mode) < 0) return failure(api, nomul_error());
-  kernel->weight = (const uint8_t*)weight.data;
+  add_part(*kernel, kernel->form, (const uint8_t*)weight.data, 0);
   *out = kernel.release();
   return nullptr;
 }
 
-// Rows of a piece of work, tokens that are prepared at once, and the weights below which starting threads takes longer
-// than they save.
-constexpr int64_t kPiece = 128, kTokens = 512, kSmall = 1 << 18;
-
+// Some tokens of a call; y: the outputs.
 template <class Form>
-struct Pieces {
+struct Task {
   const Linear<Form>& kernel;
   const float *bias, *x;
   const void* scratch;
-  int64_t tokens;
-  float* y;
+  int64_t first_token, tokens;
+  const std::vector<float*>& y;
   std::atomic<int> failed;
 };
 
-int rows(const Pieces<nomul_layout>& p, int64_t first, int64_t last) {
-  const Linear<nomul_layout>& k = p.kernel;
-  return nomul_rows(&k.form, (int32_t)k.mode, k.weight, p.bias, p.x, p.scratch, p.tokens, first, last, p.y);
+int rows(const nomul_layout& l, int32_t mode, const uint8_t* weight, const float* bias, const float* x,
+         const void* scratch, int64_t tokens, int64_t first, int64_t last, float* y) {
+  return nomul_rows(&l, mode, weight, bias, x, scratch, tokens, first, last, y);
 }
-int rows(const Pieces<nomul_dense>& p, int64_t first, int64_t last) {
-  const Linear<nomul_dense>& k = p.kernel;
-  return nomul_dense_rows(&k.form, (int32_t)k.mode, k.weight, p.bias, p.x, p.scratch, p.tokens, first, last, p.y);
+int rows(const nomul_dense& d, int32_t mode, const uint8_t* weight, const float* bias, const float* x,
+         const void* scratch, int64_t tokens, int64_t first, int64_t last, float* y) {
+  return nomul_dense_rows(&d, mode, weight, bias, x, scratch, tokens, first, last, y);
 }
 
 template <class Form>
 void one_piece(void* user, size_t index) {
-  Pieces<Form>& p = *(Pieces<Form>*)user;
-  const int64_t first = (int64_t)index * kPiece;
-  if (const int code = rows(p, first, std::min(p.kernel.form.rows, first + kPiece))) p.failed = code;
+  Task<Form>& t = *(Task<Form>*)user;
+  const Piece& piece = t.kernel.pieces[index];
+  const Part<Form>& part = t.kernel.parts[piece.part];
+  const float* bias = t.bias ? t.bias + part.begin : nullptr;
+  float* y = t.y[piece.part] + t.first_token * part.form.rows;
+  const int code = rows(part.form, (int32_t)t.kernel.mode, part.weight, bias, t.x, t.scratch, t.tokens, piece.first,
+                        piece.last, y);
+  if (code) t.failed = code;
 }
 
-// Compute y [tokens, rows] of at most kTokens tokens on the runtime's threads.
+// Compute the results of at most kTokens tokens of x on the runtime's threads.
 template <class Form>
 OrtStatus* some_tokens(const Linear<Form>& k, OrtKernelContext* context, const float* bias, const float* x,
-                       int64_t tokens, float* y) {
+                       int64_t first_token, int64_t tokens, const std::vector<float*>& y) {
   void* scratch = scratch_of(scratch_bytes(k.form, tokens, k.mode));
   if (!scratch) return failure(k.api, std::string(k.name) + ": there is no memory for the tables", ort::kFail);
   if (prepare(k.form, k.mode, x, tokens, scratch)) return failure(k.api, nomul_error());
-  Pieces<Form> pieces = {k, bias, x, scratch, tokens, y, {0}};
-  const size_t count = (size_t)((k.form.rows + kPiece - 1) / kPiece);
+  Task<Form> task = {k, bias, x, scratch, first_token, tokens, y, {0}};
+  const size_t count = k.pieces.size();
   if (count == 1 || k.form.rows * k.form.inputs * tokens < kSmall) {
-    for (size_t i = 0; i < count; i++) one_piece<Form>(&pieces, i);
+    for (size_t i = 0; i < count; i++) one_piece<Form>(&task, i);
   } else if (OrtStatus* s = call<OrtStatus*>(k.api, ort::KernelContext_ParallelFor, (const OrtKernelContext*)context,
-                                             &one_piece<Form>, count, (size_t)0, (void*)&pieces)) {
+                                             &one_piece<Form>, count, (size_t)0, (void*)&task)) {
     return s;
   }
-  return pieces.failed ? failure(k.api, std::string(k.name) + ": a thread has no memory of its own", ort::kFail) : nullptr;
+  return task.failed ? failure(k.api, std::string(k.name) + ": a thread has no memory of its own", ort::kFail) : nullptr;
 }
 
 template <class Form>
@@ -243,13 +298,15 @@ OrtStatus* compute_linear(void* self, OrtKernelContext* context) {
     return failure(k.api, name + ": the bias must have " + std::to_string(k.form.rows) + " values");
   const int64_t tokens = x.count / k.form.inputs;
   std::vector<int64_t> dims = x.dims;
-  dims.back() = k.form.rows;
-  float* y = nullptr;
-  if (OrtStatus* s = output(k.api, context, 0, dims, &y)) return s;
+  std::vector<float*> y(k.parts.size());
+  for (size_t i = 0; i < y.size(); i++) {
+    dims.back() = k.parts[i].form.rows;
+    if (OrtStatus* s = output(k.api, context, i, dims, &y[i])) return s;
+  }
   for (int64_t t = 0; t < tokens; t += kTokens) {
     const float* from = (const float*)x.data + t * k.form.inputs;
     const int64_t count = std::min(kTokens, tokens - t);
-    if (OrtStatus* s = some_tokens(k, context, (const float*)bias.data, from, count, y + t * k.form.rows)) return s;
+    if (OrtStatus* s = some_tokens(k, context, (const float*)bias.data, from, t, count, y)) return s;
   }
   return nullptr;
 }
@@ -339,6 +396,7 @@ CustomOp make_tiled() {
   op.name = [](const CustomOp*) { return "TiledLinear"; };
   op.input_type = [](const CustomOp*, size_t i) -> int { return i == 1 ? ort::kUint8 : ort::kFloat; };
   op.create_checked = create_tiled;
+  op.output_presence = [](const CustomOp*, size_t) -> int { return ort::kVariadic; };
   return op;
 }
 
@@ -367,7 +425,7 @@ CustomOp completed(CustomOp op) {
   op.provider = [](const CustomOp*) -> const char* { return nullptr; };
   op.output_type = [](const CustomOp*, size_t) -> int { return ort::kFloat; };
   op.output_count = [](const CustomOp*) -> size_t { return 1; };
-  op.output_presence = [](const CustomOp*, size_t) -> int { return ort::kRequired; };
+  if (!op.output_presence) op.output_presence = [](const CustomOp*, size_t) -> int { return ort::kRequired; };
   op.input_memory = [](const CustomOp*, size_t) -> int { return 0; };
   op.variadic_input_least = op.variadic_output_least = [](const CustomOp*) -> int { return 1; };
   op.variadic_input_same = op.variadic_output_same = [](const CustomOp*) -> int { return 1; };

@@ -41,6 +41,7 @@ enum Place : int {
   KernelContext_GetOutput = 91,
   ReleaseStatus = 93,
   ReleaseTensorTypeAndShapeInfo = 99,
+  KernelInfoGetAttributeArray_int64 = 163,
   KernelInfo_GetInputCount = 230,
   KernelInfoGetConstantInput_tensor = 249,
   KernelContext_ParallelFor = 274,
