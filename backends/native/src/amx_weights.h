@@ -16,6 +16,8 @@ namespace NOMUL_NAMESPACE {
 // products of int8 are added in 32 bits before they are scaled.
 constexpr int64_t kTile = 1024, kParts = 2;
 constexpr int kStep = 64, kStepChunks = kStep / kChunk, kWide = 256, kWideChunks = kWide / kChunk;
+// Signs of 32 rows at a chunk, of one plane.
+constexpr int kPlaneBytes = kHalves * 64;
 constexpr int64_t kStepBytes = kParts * kTile, kHalfBytes = kWide / kStep * kStepBytes;
 // The largest number that two int8 can be of, 256 a + b.
 constexpr float kLargest = 32639.0f;
@@ -90,8 +92,9 @@ struct Tables {
   int64_t next = 0, left = 0;
   Group groups[kWideChunks];
   int count = 0;
-  // For each row of a group the two parts of every choice of signs.
-  alignas(64) uint8_t values[kRows][kParts][32];
+  // The two parts of every choice of signs, for each row of a group.
+  static constexpr int kEntries = 1 << Count, kRowsAtOnce = Count < 4 ? kLanes >> Count : 1;
+  alignas(64) uint8_t values[kParts][kRows * kEntries];
 
   void start(const nomul_job<nomul_layout>& job, const Shape& s, int64_t index) {
     const uint8_t* tile = job.weight + index * s.tile_bytes;
@@ -130,52 +133,95 @@ struct Tables {
     }
   }
 
-  // Write the values of all choices of signs, times the scales of the rows.
+  // Write the values of all choices of signs, times the scales of the rows; a vector takes those of some rows at once.
   void tabulate(const Group& group, const __m512* scales) {
-    alignas(64) float low[kRows], step[Count][kRows];
-    for (int h = 0; h < kHalves; h++) {
-      const int at = h * kLanes;
-      _mm512_store_ps(low + at, _mm512_mul_ps(_mm512_load_ps(group.low + at), scales[h]));
-      for (int p = 0; p < Count; p++)
-        _mm512_store_ps(step[p] + at, _mm512_mul_ps(_mm512_load_ps(group.step[p] + at), scales[h]));
-    }
     constexpr __mmask16 kHas[4] = {0xAAAA, 0xCCCC, 0xF0F0, 0xFF00};
-    for (int row = 0; row < kRows; row++) {
-      __m512 a = _mm512_set1_ps(low[row]);
-      for (int p = 0; p < (Count < 4 ? Count : 4); p++)
-        a = _mm512_mask_add_ps(a, kHas[p], a, _mm512_set1_ps(step[p][row]));
-      for (int i = 0; i < (Count > 4 ? 32 : 16); i += 16) {
-        if (i) a = _mm512_add_ps(a, _mm512_set1_ps(step[Count - 1][row]));
-        store_parts(a, values[row][0] + i, values[row][1] + i);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i rows = _mm512_srli_epi32(lanes, Count < 4 ? Count : 4);
+    for (int h = 0; h < kHalves; h++) {
+      const auto times_scale = [&](const float* v) { return _mm512_mul_ps(_mm512_load_ps(v + h * kLanes), scales[h]); };
+      const __m512 low = times_scale(group.low);
+      __m512 step[Count];
+      for (int p = 0; p < Count; p++) step[p] = times_scale(group.step[p]);
+      for (int lane = 0; lane < kLanes; lane += kRowsAtOnce) {
+        const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(lane), rows);
+        __m512 a = _mm512_permutexvar_ps(index, low);
+        for (int p = 0; p < (Count < 4 ? Count : 4); p++)
+          a = _mm512_mask_add_ps(a, kHas[p], a, _mm512_permutexvar_ps(index, step[p]));
+        const int at = (h * kLanes + lane) * kEntries;
+        store_parts(a, values[0] + at, values[1] + at);
+        if constexpr (Count > 4) {
+          a = _mm512_add_ps(a, _mm512_permutexvar_ps(index, step[Count - 1]));
+          store_parts(a, values[0] + at + kLanes, values[1] + at + kLanes);
+        }
       }
     }
   }
 
-  __m256i pick(const uint8_t* table, __m256i index) const {
-    if constexpr (Count > 4) return _mm256_permutexvar_epi8(index, _mm256_load_si256((const __m256i*)table));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), index);
+  // The entries of a row over and over.
+  static __m512i table_of(const uint8_t* entries) {
+    const auto as = [&](auto number) { return std::memcpy(&number, entries, sizeof number), number; };
+    if constexpr (Count == 1) return _mm512_set1_epi16(as(int16_t()));
+    else if constexpr (Count == 2) return _mm512_set1_epi32(as(int32_t()));
+    else if constexpr (Count == 3) return _mm512_set1_epi64(as(int64_t()));
+    else if constexpr (Count == 4) return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)entries));
+    else return _mm512_broadcast_i64x4(_mm256_load_si256((const __m256i*)entries));
+  }
+  static __m256i pick(const uint8_t* entries, __m256i index) {
+    const __m256i table = _mm512_castsi512_si256(table_of(entries));
+    return Count > 4 ? _mm256_permutexvar_epi8(index, table) : _mm256_shuffle_epi8(table, index);
+  }
+  static __m512i pick(const uint8_t* entries, __m512i index) {
+    const __m512i table = table_of(entries);
+    return Count > 4 ? _mm512_permutexvar_epi8(index, table) : _mm512_shuffle_epi8(table, index);
   }
 
-  // Write a chunk of 16 rows: their signs at each plane are 64 bytes.
-  void half_chunk(const uint8_t* bits, const uint8_t* table, uint8_t* to) const {
+  // Write 16 rows of a chunk, whose signs at each plane are 64 bytes.
+  static void half_chunk(const uint8_t* bits, const uint8_t* larger, const uint8_t* smaller, uint8_t* to) {
 #pragma GCC unroll 4
-    for (int lane = 0; lane < kLanes; lane++, bits += 4, table += sizeof values[0], to += kStep) {
+    for (int lane = 0; lane < kLanes; lane++, bits += 4, larger += kEntries, smaller += kEntries, to += kStep) {
       __m256i index = _mm256_setzero_si256();
 #pragma GCC unroll 5
-      for (int p = 0; p < Count; p++) {
-        __mmask32 has;
-        std::memcpy(&has, bits + p * kHalves * 64, sizeof has);
-        index = _mm256_mask_add_epi8(index, has, index, _mm256_set1_epi8((char)(1 << p)));
-      }
-      _mm256_store_si256((__m256i*)to, pick(table, index));
-      _mm256_store_si256((__m256i*)(to + kTile), pick(table + sizeof values[0][0], index));
+      for (int p = 0; p < Count; p++)
+        index = _mm256_mask_add_epi8(index, word(bits + p * kPlaneBytes), index, _mm256_set1_epi8((char)(1 << p)));
+      _mm256_store_si256((__m256i*)to, pick(larger, index));
+      _mm256_store_si256((__m256i*)(to + kTile), pick(smaller, index));
     }
   }
 
-  void chunk(Strip& out, int place) {
-    for (int h = 0; h < kHalves; h++)
-      half_chunk(signs + (First * kHalves + h) * 64, values[h * kLanes][0], out.at(h, 0, place));
-    signs += P * kHalves * 64;
+  // The same of two chunks of a group that are one step.
+  static void half_step(const uint8_t* bits, const uint8_t* larger, const uint8_t* smaller, uint8_t* to) {
+#pragma GCC unroll 4
+    for (int lane = 0; lane < kLanes; lane++, bits += 4, larger += kEntries, smaller += kEntries, to += kStep) {
+      __m512i index = _mm512_setzero_si512();
+#pragma GCC unroll 5
+      for (int p = 0; p < Count; p++) {
+        const uint64_t both = word(bits + p * kPlaneBytes) | (uint64_t)word(bits + (P + p) * kPlaneBytes) << 32;
+        index = _mm512_mask_add_epi8(index, both, index, _mm512_set1_epi8((char)(1 << p)));
+      }
+      _mm512_store_si512(to, pick(larger, index));
+      _mm512_store_si512(to + kTile, pick(smaller, index));
+    }
+  }
+
+  static uint32_t word(const uint8_t* bits) {
+    uint32_t found;
+    std::memcpy(&found, bits, sizeof found);
+    return found;
+  }
+
+  // Write the next chunk, or two where they are one step and have the same scales; returns how many.
+  int write(Strip& out, int place, int64_t left_of_group) {
+    const bool step = place % kStepChunks == 0 && left_of_group >= kStepChunks;
+    for (int h = 0; h < kHalves; h++) {
+      const uint8_t* bits = signs + First * kPlaneBytes + h * 64;
+      const uint8_t *larger = values[0] + h * kLanes * kEntries, *smaller = values[1] + h * kLanes * kEntries;
+      if (step) half_step(bits, larger, smaller, out.at(h, 0, place));
+      else half_chunk(bits, larger, smaller, out.at(h, 0, place));
+    }
+    const int done = step ? kStepChunks : 1;
+    signs += done * P * kPlaneBytes;
+    return done;
   }
 
   // Read the next `chunks` chunks, a block or less.
@@ -191,7 +237,8 @@ struct Tables {
     }
     for (int g = 0, place = 0; g < count; g++) {
       tabulate(groups[g], scales);
-      for (int64_t i = 0; i < groups[g].chunks; i++) chunk(out, place++);
+      const int end = place + (int)groups[g].chunks;
+      while (place < end) place += write(out, place, end - place);
     }
   }
 };
