@@ -20,6 +20,7 @@ from ir.params import Entry, MemorySource
 from ir.program import Program
 from tests.architectures import ids_for
 from tests.architectures import relative_error as outputs_error
+from tools.site_kernels import site_kernels
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,6 +72,7 @@ def test_weights_that_fit_are_stored_narrow_and_give_the_same(name: str, tmp_pat
     stored = [i for i in model.graph.initializers if i.endswith(f".{name}")]
     assert len(stored) == 4 and node_counts(model)["nomul::DenseLinear"] == 4  # the tied table serves twice
     write_model(model, tmp_path)
+    assert {one.kernel for one in site_kernels(tmp_path)} >= {f"nomul, {name} as stored"}
     check(program, tmp_path)
 
 

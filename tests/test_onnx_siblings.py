@@ -17,6 +17,7 @@ from ir.types import TensorType
 from tests.coded_weights import shift_codes
 from tests.onnx_runs import function_program, session_outputs
 from tests.test_onnx_compressed import compressed
+from tools.site_kernels import kernel_lines, site_kernels
 
 shiftadd_linear = torch.ops.nomul.shiftadd_linear.default
 TILED = "nomul::TiledLinear"
@@ -81,6 +82,14 @@ def test_linears_of_different_inputs_stay_apart() -> None:
 @pytest.mark.parametrize("pipeline", ["shiftadd", "rtn3", "nested"])
 def test_queries_keys_and_values_are_one_operator_and_gate_and_up_another(pipeline: str) -> None:
     assert node_counts(emit_program(compressed("llama", pipeline)))[TILED] == 2 * 4
+
+
+def test_the_kernel_of_every_linear_is_told(tmp_path: Path) -> None:
+    write_model(emit_program(compressed("llama", "rtn3")), tmp_path)
+    found = site_kernels(tmp_path)
+    layer = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [one.site.rsplit(".", 1)[-1] for one in found] == [*layer, *layer, "lm_head"]
+    assert kernel_lines(found[:-1]) == ["14 by nomul, 3 planes, 14bit"]
 
 
 def test_uniform_codes_for_the_runtimes_operator_stay_apart() -> None:

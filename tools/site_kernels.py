@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from backends.native.library import MODES
+from backends.onnxruntime.emitter import DETOURS, SITES
 from backends.onnxruntime.lowering import MODEL_FILE
 
-REPORT_FILE, _DETOURS = "report.json", "nomul.detours"
+REPORT_FILE = "report.json"
 _FLOAT = ("FusedMatMul", "MatMul", "Gemm")
+_IN_FLOAT = (*_FLOAT, "DenseLinear")
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ def site_kernels(folder: Path) -> list[SiteKernel]:
     for node in model.graph:
         kernel = _kernel(node)
         if kernel is not None:
-            site = node.metadata_props.get("nomul.path") or node.name
-            in_float = left_alone.get(site, "its weight is stored in float") if node.op_type in _FLOAT else ""
-            found.append(SiteKernel(site, kernel, detours.get(site, in_float)))
+            for site in _sites(node):
+                in_float = left_alone.get(site, "its weight is stored in float") if node.op_type in _IN_FLOAT else ""
+                found.append(SiteKernel(site, kernel, detours.get(site, in_float)))
     return found
 
 
@@ -48,6 +50,12 @@ def kernel_lines(kernels: list[SiteKernel]) -> list[str]:
     return [f"{n} by {kernel}{reason and ': ' + reason}" for (kernel, reason), n in counted.items()]
 
 
+def _sites(node: Any) -> list[str]:
+    """Return the linears that a node stands for."""
+    several = node.metadata_props.get(SITES)
+    return json.loads(several) if several else [node.metadata_props.get("nomul.path") or node.name]
+
+
 def _kernel(node: Any) -> str | None:
     """Return what runs a node that multiplies by a constant matrix, None for other nodes."""
     if node.op_type == "TiledLinear":
@@ -57,6 +65,8 @@ def _kernel(node: Any) -> str | None:
     if node.op_type == "MatMulNBits":
         bits, level = node.attributes.get_int("bits"), node.attributes.get_int("accuracy_level", 0)
         return f"MatMulNBits, {bits} bits, accuracy level {level}"
+    if node.op_type == "DenseLinear":
+        return f"nomul, {node.inputs[1].dtype.name.lower()} as stored"
     if node.op_type == "CodedLinear":
         return "standard operators"
     weight = node.inputs[1] if node.op_type in _FLOAT else None
@@ -64,7 +74,7 @@ def _kernel(node: Any) -> str | None:
 
 
 def _detours(model: Any) -> dict[str, str]:
-    return {one["site"]: one["reason"] for one in json.loads(model.metadata_props.get(_DETOURS, "[]"))}
+    return {one["site"]: one["reason"] for one in json.loads(model.metadata_props.get(DETOURS, "[]"))}
 
 
 def _left_alone(folder: Path) -> dict[str, str]:

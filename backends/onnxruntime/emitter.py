@@ -61,6 +61,8 @@ Uniform = Literal["own", "contrib"]
 CONTRIB = "com.microsoft"
 # Where the model's metadata keeps what `Emitter.detour` recorded, as JSON.
 DETOURS = "nomul.detours"
+# Where a node's metadata keeps what `Emitter.computes` recorded, as JSON.
+SITES = "nomul.sites"
 IR_VERSION = 10
 # Below this a constant is computed while emitting: gains, tables of positions.
 FOLD_BYTES = 1 << 20
@@ -235,8 +237,11 @@ class Emitter:
     def detour(self, runs_by: str, reason: str) -> None:
         """Record that the current call is run by something else than the kernel that was asked for, and why."""
         assert self._current is not None
-        site = self._current.meta.get(PATH) or self._current.name
-        self._detours.append(Detour(str(site), runs_by, reason))
+        self._detours.append(Detour(_site(self._current), runs_by, reason))
+
+    def computes(self, result: Any, calls: Sequence[fx.Node]) -> None:
+        """Record that the node of a result stands for several calls."""
+        result.producer().metadata_props[SITES] = json.dumps([_site(call) for call in calls])
 
     def cast(self, value: Any, dtype: torch.dtype, was: torch.dtype | None = None) -> Any:
         """Return a value cast to a dtype, or itself when it `was` of that one."""
@@ -385,6 +390,10 @@ class Emitter:
     def _same(self, name: str) -> str:
         """Return a name for a constant of this node, the same one in every call."""
         return name if name in self._initializers else self._unique(name)
+
+
+def _site(node: fx.Node) -> str:
+    return str(node.meta.get(PATH) or node.name)
 
 
 def _hashable(value: Any) -> Any:

@@ -72,5 +72,7 @@ def _emit(e: Emitter, nodes: tuple[fx.Node, ...]) -> None:
         Part(codes_of(n.target, args, partial(constant_of, e)), args[1], bias_of(n.target, args))
         for n, args in zip(nodes, calls, strict=True)
     ]
-    for node, result in zip(nodes, add_tiled(e, calls[0][0], parts), strict=True):
+    results = add_tiled(e, calls[0][0], parts)
+    e.computes(results[0], nodes)
+    for node, result in zip(nodes, results, strict=True):
         e.bind(node, result)
