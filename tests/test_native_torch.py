@@ -32,9 +32,9 @@ from tools.entry import run
 from tools.load import load
 
 nomul = torch.ops.nomul
-# A linear keeps within 1e-6. Of whole models in float32 the largest found was 4.1e-6, of the cache of qwen3 in ONNX
-# Runtime, and 2.9e-6 of logits.
-LIMIT = 6e-6
+# A linear keeps within 1e-6. Of whole models in float32 the largest found was 7.6e-6, of qwen3 in ONNX Runtime, whose
+# scores magnify what is rounded off.
+LIMIT = 1.5e-5
 
 
 def call(mode: str, tokens: int, bias: bool, codes=None) -> tuple:
