@@ -39,7 +39,7 @@ def value(name: str, kind: onnx_ir.DataType = onnx_ir.DataType.FLOAT, dims: tupl
     return onnx_ir.Value(name=name, type=onnx_ir.TensorType(kind), shape=onnx_ir.Shape(dims))
 
 
-def linear_session(packed: Packed, bias: Tensor | None, threads: int = 1, **changes: int):
+def linear_session(packed: Packed, bias: Tensor | None, threads: int = 1, **changes: int | list[int]):
     """Return a session that runs one TiledLinear; changes: attributes that are to be wrong."""
     layout = packed.layout
     x, weight = value("x"), value("w", onnx_ir.DataType.UINT8, (packed.data.numel(),))
@@ -122,6 +122,8 @@ def test_what_does_not_fit_is_an_exception_that_says_why() -> None:
     for parts in ([40, 40], [20, 20], [32, 0, 8], [32], [64], [32, -32, 40]):
         with pytest.raises(Exception, match="the parts must be the rows of the weight"):
             linear_session(packed, None, parts=parts)
+    with pytest.raises(Exception, match="the node has no output 1"):
+        linear_session(packed, None, parts=[32, 8]).run(None, {"x": np.zeros((1, 1, 96), np.float32)})
     with pytest.raises(Exception, match="the bias must have 40 values"):
         linear_session(packed, torch.zeros(41)).run(None, {"x": np.zeros((1, 1, 96), np.float32)})
     with pytest.raises(Exception, match="last dim of the activations must be 96"):

@@ -59,10 +59,8 @@ Table = Mapping[Any, Entry]
 Uniform = Literal["own", "contrib"]
 
 CONTRIB = "com.microsoft"
-# Where the model's metadata keeps what `Emitter.detour` recorded, as JSON.
-DETOURS = "nomul.detours"
-# Where a node's metadata keeps what `Emitter.computes` recorded, as JSON.
-SITES = "nomul.sites"
+# Where a model's metadata keeps what `Emitter.detour` recorded, and a node's what `Emitter.computes` did, as JSON.
+DETOURS, SITES = "nomul.detours", "nomul.sites"
 IR_VERSION = 10
 # Below this a constant is computed while emitting: gains, tables of positions.
 FOLD_BYTES = 1 << 20

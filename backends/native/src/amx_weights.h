@@ -1,5 +1,4 @@
-// Weights as the tiles of AMX take them: whole numbers of at most 32639 times a row's unit, each as
-// two int8.
+// Weights as the tiles of AMX take them: whole numbers of at most 32639 times a row's unit, each as two int8.
 #pragma once
 
 #include <cstring>

@@ -87,6 +87,7 @@ OrtStatus* output(Table api, OrtKernelContext* context, size_t index, const std:
   if (OrtStatus* s =
           call<OrtStatus*>(api, ort::KernelContext_GetOutput, context, index, dims.data(), dims.size(), &value))
     return s;
+  if (!value) return failure(api, "the node has no output " + std::to_string(index));
   return call<OrtStatus*>(api, ort::GetTensorMutableData, value, (void**)data);
 }
 
