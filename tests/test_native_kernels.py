@@ -147,15 +147,15 @@ def test_threads_and_row_pieces_change_nothing(tokens: int, library: Library) ->
         assert torch.equal(library.linear(x, packed, None, "14bit", threads=threads), one)
 
 
-@pytest.mark.parametrize("tokens", [9, 29])
-def test_a_token_alone_gives_what_it_gives_among_others(tokens: int, library: Library) -> None:
+# Few tokens are looked up one by one; many are multiplied in float, or as tiles, which rounds in another way.
+@pytest.mark.parametrize("tokens, mode, limit", [(7, "14bit", 3e-6), (29, "exact", 3e-6), (29, "14bit", 1e-4)])
+def test_a_token_alone_gives_what_it_gives_among_others(tokens: int, mode: str, limit: float, library: Library) -> None:
     codes = shift_codes(80, 320, 3, 64, 2, True, seed=2, spread=2)
     packed, x = pack(codes), activations(tokens, 320)
-    mode = "14bit" if tokens < 20 else "exact"
     whole = library.linear(x, packed, None, mode, threads=1)
     for t in range(tokens):
         alone = library.linear(x[t : t + 1], packed, None, mode, threads=1)[0]
-        assert relative_error(alone, whole[t].double()) < 3e-6
+        assert relative_error(alone, whole[t].double()) < limit
 
 
 @pytest.mark.parametrize("mode", MODES)

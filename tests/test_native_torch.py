@@ -138,7 +138,8 @@ def test_runtimes_and_threads_at_the_same_time_give_the_same_bits(tmp_path: Path
     for i in range(len(ids)):
         assert torch.equal(alone[native[0], i], alone[native[1], i])
         assert torch.equal(alone[onnx[0], i], alone[onnx[1], i])
-        assert not torch.equal(alone[native[0], i], alone[native[2], i]) or ids[i].shape[1] * 2 >= 13
+    # Few tokens are what the modes differ in at every level with tables of bytes.
+    assert not torch.equal(alone[native[0], 0], alone[native[2], 0])
 
 
 def test_it_is_a_target_that_generates_as_the_reference_does() -> None:

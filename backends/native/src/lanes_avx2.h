@@ -70,9 +70,13 @@ static inline Ints low_nibbles(Ints x) {
 }
 static inline Ints high_nibbles(Ints x) { return {_mm256_srli_epi32(x.a, 4), _mm256_srli_epi32(x.b, 4)}; }
 static inline Floats to_float(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-static inline Floats pick(const float* table16, Ints index) {
-  return {_mm256_i32gather_ps(table16, index.a, 4), _mm256_i32gather_ps(table16, index.b, 4)};
+// Two halves of a table and a choice: several times as fast as gathering.
+static inline __m256 pick(const float* table16, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table16), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table16 + 8), index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
+static inline Floats pick(const float* table16, Ints index) { return {pick(table16, index.a), pick(table16, index.b)}; }
 static inline Floats powers(Ints e) {
   const __m256i bias = _mm256_set1_epi32(127);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e.a, bias), 23)),

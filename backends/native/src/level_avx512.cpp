@@ -1,12 +1,10 @@
 // AVX-512 F/BW/VL with VBMI and VNNI: 64 look-ups an instruction in tables of bytes, or 16 in tables of floats.
 #define NOMUL_NAMESPACE nomul_avx512
-#include <cmath>
-#include <limits>
-
 #include "kernels.h"
 #include "lanes_avx512.h"
 #include "dense.h"
 #include "hadamard.h"
+#include "rounding.h"
 #include "rows.h"
 
 namespace NOMUL_NAMESPACE {
@@ -16,6 +14,7 @@ constexpr int kAhead = 4096;
 
 struct FloatSums {
   static constexpr int64_t kTableBytes = kFloatTableBytes;
+  static constexpr bool kWholeTiles = false;
 
   template <int P, int R, int M>
   NOMUL_INLINE void block(const uint8_t* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
@@ -49,6 +48,7 @@ struct FloatSums {
 template <bool Two>
 struct ByteSums {
   static constexpr int64_t kTableBytes = Two ? 256 : 128;
+  static constexpr bool kWholeTiles = false;
 
   template <int P, int R, int M>
   NOMUL_INLINE void block(const uint8_t* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {
@@ -127,7 +127,7 @@ static inline float largest(const float* x, int chunks) {
   return _mm512_reduce_max_ps(top);
 }
 
-static void float_tables_16(const float* x, int chunks, uint8_t* tables, float* factor) {
+static void exact_tables(const float* x, int chunks, uint8_t* tables, float* factor) {
   const FourSums sums(1.0f);
   for (int n = 0; n < chunks * kChunk / 4; n++) _mm512_store_ps((float*)tables + 16 * n, sums(x + 4 * n));
   *factor = 1.0f;
@@ -163,17 +163,6 @@ static inline __m512i bytes_of(__m512i first, __m512i second, const uint8_t* pla
   return _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(index, first), 0xFFFFFFFF00000000, index, second);
 }
 
-// What a block is multiplied with so that its largest sum becomes `whole`, within the range of floats; zero for zeros.
-static inline float scale_to(float whole, float top) {
-  return top > 0.0f ? std::fmin(whole / top, 0.125f * std::numeric_limits<float>::max()) : 0.0f;
-}
-
-// What its whole numbers are multiplied with again: none is right where a sum is larger than any float.
-static inline float inverse(float scale, float top) {
-  if (top > std::numeric_limits<float>::max()) return std::numeric_limits<float>::quiet_NaN();
-  return scale > 0.0f ? 1.0f / scale : 0.0f;
-}
-
 // Round the sums of a block to 16 bits: 32766 stands for the largest of them.
 static void two_byte_tables(const float* x, int chunks, uint8_t* tables, float* factor) {
   const float top = largest(x, chunks);
@@ -203,44 +192,10 @@ static void byte_tables(const float* x, int chunks, uint8_t* tables, float* fact
   *factor = inverse(scale, top);
 }
 
-static int64_t table_bytes(int32_t mode) {
-  return mode == NOMUL_EXACT ? FloatSums::kTableBytes : mode == NOMUL_8_BIT ? 128 : 256;
-}
-
 // Tokens from which decoding the weight once and multiplying in float is faster.
-static bool many(int64_t tokens, int32_t mode) { return tokens >= (mode == NOMUL_EXACT ? 9 : 64); }
+constexpr int64_t kManyExact = 9, kManyRounded = 64;
 
-// Of more planes than this most of the sum cancels out, and what rounding took with it would not.
-constexpr int kRounded = 5;
-
-static int32_t mode_of(const nomul_layout& l, int32_t asked) {
-  return asked == NOMUL_14_BIT && l.planes > kRounded ? NOMUL_EXACT : asked;
-}
-
-static int64_t scratch_bytes(const nomul_layout& l, int64_t tokens, int32_t asked) {
-  const int32_t mode = mode_of(l, asked);
-  return many(tokens, mode) ? float_scratch_bytes(l.inputs, tokens)
-                            : scratch_of(shape_of(l), table_bytes(mode)).token_bytes * tokens;
-}
-
-static void prepare(const nomul_layout& l, int32_t asked, const float* x, int64_t tokens, void* scratch) {
-  const int32_t mode = mode_of(l, asked);
-  if (many(tokens, mode)) return pack_tokens(l.inputs, x, tokens, (float*)scratch);
-  const auto make = mode == NOMUL_EXACT ? float_tables_16 : mode == NOMUL_8_BIT ? byte_tables : two_byte_tables;
-  prepare_with(l, table_bytes(mode), x, tokens, scratch, make);
-}
-
-static int64_t spare_bytes(const nomul_layout& l, int64_t tokens, int32_t asked) {
-  return many(tokens, mode_of(l, asked)) ? float_spare_bytes(l.inputs) : 0;
-}
-
-static void rows(const nomul_job<nomul_layout>& job, void* spare) {
-  const int32_t mode = mode_of(job.form, job.mode);
-  if (many(job.tokens, mode)) return float_tiled_rows(job, (float*)spare);
-  if (mode == NOMUL_EXACT) rows_with<FloatSums>(job, table_bytes(mode));
-  else if (mode == NOMUL_8_BIT) rows_with<ByteSums<false>>(job, table_bytes(mode));
-  else rows_with<ByteSums<true>>(job, table_bytes(mode));
-}
+#include "byte_level.inc"
 
 }  // namespace NOMUL_NAMESPACE
 

@@ -10,6 +10,7 @@ namespace NOMUL_NAMESPACE {
 
 struct FloatSums {
   static constexpr int64_t kTableBytes = kFloatTableBytes;
+  static constexpr bool kWholeTiles = false;
 
   template <int P, int R, int M>
   NOMUL_INLINE void block(const uint8_t* signs, int chunks, const Token* tokens, Floats (*sums)[M][P]) {

@@ -110,18 +110,23 @@ static void few_rows(const Run& run, int64_t first, int64_t count, int half, int
 }
 
 // One token takes both halves at once; several share what one half selects, as many as leave registers for the sums.
+// Sums that take whole tiles have both halves always.
 template <class Sums, int P>
 static void all_rows(const Run& run) {
-  constexpr int kTogether = P <= 3 ? 4 : P <= 6 ? 2 : 1, kBoth = P <= 6 ? 2 : 1;
+  constexpr bool kWhole = Sums::kWholeTiles;
+  constexpr int kTogether = kWhole ? 2 : P <= 3 ? 4 : P <= 6 ? 2 : 1;
+  constexpr int kHalvesOfMany = kWhole ? 2 : 1, kHalvesOfOne = kWhole || P <= 6 ? 2 : 1;
   const nomul_job<nomul_layout>& job = run.job;
   const int64_t last = over(job.last_row, kRows);
   for (int64_t tile = job.first_row / kRows; tile < last; tile += kAbreast) {
     const int64_t count = last - tile < kAbreast ? last - tile : kAbreast;
     int64_t token = 0;
     for (; kTogether > 1 && token + kTogether <= job.tokens; token += kTogether)
-      for (int half = 0; half < kHalves; half++) few_rows<Sums, P, 1, kTogether>(run, tile, count, half, token);
+      for (int half = 0; half < kHalves; half += kHalvesOfMany)
+        few_rows<Sums, P, kHalvesOfMany, kTogether>(run, tile, count, half, token);
     for (; token < job.tokens; token++)
-      for (int half = 0; half < kHalves; half += kBoth) few_rows<Sums, P, kBoth, 1>(run, tile, count, half, token);
+      for (int half = 0; half < kHalves; half += kHalvesOfOne)
+        few_rows<Sums, P, kHalvesOfOne, 1>(run, tile, count, half, token);
   }
 }
 
