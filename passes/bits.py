@@ -58,9 +58,9 @@ class Bits(Pass):
     )
     choices: tuple[int, ...] = field(default=(2, 3, 4), metadata={"help": "widths to choose from"})
     method: Literal["loss", "shiftaddllm", "gradient"] = field(
-        default="loss",
+        default="gradient",
         metadata={
-            "help": "loss: relative output error; gradient: what it adds to the model's loss; shiftaddllm: its C"
+            "help": "gradient: what it adds to the model's loss; loss: relative output error; shiftaddllm: its C"
         },
     )
     tie: Literal["none", "siblings", "block"] = field(
@@ -91,7 +91,8 @@ class Bits(Pass):
         if self.sequences < 1:
             raise OptionError(self.name, "sequences", f"{self.sequences} is not positive")
         if self.method == "gradient" and self.calib == "none":
-            raise OptionError(self.name, "method", "gradients need calibration text", fix="leave calib=none out")
+            fix = "give method=loss, or leave calib=none out"
+            raise OptionError(self.name, "method", "gradients need calibration text", fix=fix)
 
     def check_following(self, following: Sequence[Pass]) -> None:
         """Raise UsageError unless a pass after this one can be tried at all the choices."""

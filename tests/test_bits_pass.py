@@ -45,11 +45,17 @@ class Counted(Rtn):
 
 
 def choose(
-    program: Program, coder: Pass | None = None, data: Any = DATA, work: Path | None = None, **options: Any
+    program: Program,
+    coder: Pass | None = None,
+    *,
+    method: str,
+    data: Any = DATA,
+    work: Path | None = None,
+    **options: Any,
 ) -> tuple[Program, Log]:
     """A copy of a program with widths and what the pass said; for rounding with groups of 16 unless told otherwise."""
     program, log = program.clone(), Log("bits")
-    chosen = Bits(**options)
+    chosen = Bits(method=method, **options)  # type: ignore[arg-type]
     chosen.validate()
     following = (coder or Rtn(group=16),)
     chosen.check_following(following)
@@ -71,7 +77,7 @@ def sites_of(program: Program) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def plain(tiny_model: Program) -> tuple[Program, Log]:
-    return choose(tiny_model, target=4.6)
+    return choose(tiny_model, target=4.6, method="loss")
 
 
 def test_every_site_of_the_blocks_gets_one_of_the_choices(plain: tuple[Program, Log], tiny_model: Program) -> None:
@@ -118,8 +124,8 @@ def with_widths(program: Program, chosen: dict[str, int]) -> Program:
 
 
 def test_a_second_allocation_takes_the_place_of_the_first(plain: tuple[Program, Log], tiny_model: Program) -> None:
-    again, _ = choose(plain[0], target=4.6, skip=("mlp",), choices=(5, 3))
-    fresh, _ = choose(tiny_model, target=4.6, skip=("mlp",), choices=(3, 5))
+    again, _ = choose(plain[0], target=4.6, skip=("mlp",), choices=(5, 3), method="loss")
+    fresh, _ = choose(tiny_model, target=4.6, skip=("mlp",), choices=(3, 5), method="loss")
     assert widths(again) == widths(fresh) and set(widths(again).values()) <= {3, 5}
     assert not any("mlp" in name for name in widths(again))
 
@@ -132,7 +138,7 @@ def test_a_site_without_a_width_has_the_pass_s_own(plain: tuple[Program, Log]) -
 
 
 def test_losses_are_those_of_the_codes_on_the_calibration_set(tiny_model: Program) -> None:
-    _, log = choose(tiny_model, target=4.2)
+    _, log = choose(tiny_model, target=4.2, method="loss")
     found = {r.site: r.figures for r in log.reports}
     seen = [values(tiny_model, ids) for ids in DATA]
     for site in sites_of(tiny_model):
@@ -147,15 +153,15 @@ def test_losses_are_those_of_the_codes_on_the_calibration_set(tiny_model: Progra
 
 
 def test_without_calibration_errors_of_the_weights_count(tiny_model: Program) -> None:
-    program, log = choose(tiny_model, target=4.6, calib="none", data=None)
+    program, log = choose(tiny_model, target=4.6, calib="none", data=None, method="loss")
     for row, site in zip(log.reports, sites_of(tiny_model), strict=True):
         rounded = tiny_model.clone()
         Rtn(group=16, bits=widths(program)[site.name]).run(rounded, Context())
         weight = tiny_model.params.get(site.weight).double()
         error = weight - decoded(rounded, coded(rounded)[site.name])
         assert row.figures["rel_error"] == pytest.approx(float(error.norm() / weight.norm()), rel=1e-9)
-    assert Bits(calib="none").needs() is None
-    assert Bits().needs() == Calib("float") and Bits(method="gradient").needs() == Calib("float", gradients=True)
+    assert Bits(calib="none", method="loss").needs() is None
+    assert Bits(method="loss").needs() == Calib("float") and Bits().needs() == Calib("float", gradients=True)
 
 
 def test_gradients_weigh_each_output_by_what_it_does_to_the_loss(tiny_model: Program) -> None:
@@ -208,7 +214,7 @@ def test_the_criterion_needs_no_codes(tiny_model: Program) -> None:
 def test_ties_share_a_width_and_cost_quality(tiny_model: Program) -> None:
     losses = []
     for tie in ("none", "siblings", "block"):
-        program, log = choose(tiny_model, target=4.55, tie=tie)
+        program, log = choose(tiny_model, target=4.55, tie=tie, method="loss")
         chosen, sites = widths(program), sites_of(tiny_model)
         siblings = [{chosen[s.name] for s in group} for group in sibling_sites(sites)]
         whole = [{chosen[s.name] for s in linear_sites(tiny_model, b.nodes)[0]} for b in blocks(tiny_model)]
@@ -222,7 +228,7 @@ def test_sites_of_one_name_share_a_width(tiny_model: Program) -> None:
     program = tiny_model.clone()
     for site in linear_sites(program, program.graph.nodes)[0]:
         site.node.meta[PATH] = site.name.rpartition(".")[0]
-    found, log = choose(program, target=4.4)
+    found, log = choose(program, target=4.4, method="loss")
     assert len(widths(found)) == 4 and len(log.reports) == 14
     assert 8 * total(log, "bytes") <= 4.4 * total(log, "weights")
     assert all(r.figures["width"] == widths(found)[r.site] for r in log.reports)
@@ -231,7 +237,7 @@ def test_sites_of_one_name_share_a_width(tiny_model: Program) -> None:
 def test_a_budget_that_cannot_be_met_names_the_least_that_can(tiny_model: Program) -> None:
     Counted.tried.clear()
     with pytest.raises(UsageError, match="option target of pass bits") as caught:
-        choose(tiny_model, Counted(group=16), target=2.2)
+        choose(tiny_model, Counted(group=16), target=2.2, method="loss")
     assert caught.value.exit_code == 2 and not Counted.tried
     # 2 bits, 16 bits of scale and 2 of zero point a group of 16, a quarter of a byte of padding here and there.
     assert (
@@ -242,20 +248,20 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(tiny_model: Progra
     bits, size = [word.removeprefix("target=") for word in words if word.startswith("target=")]
     assert size.endswith("kB")
     for target in (float(bits), size):
-        found, _ = choose(tiny_model, target=target)
+        found, _ = choose(tiny_model, target=target, method="loss")
         assert set(widths(found).values()) == {2}
     for target in (float(bits) - 0.002, f"{float(size[:-2]) - 0.002}kB"):
         with pytest.raises(UsageError, match="option target"):
-            choose(tiny_model, target=target)
+            choose(tiny_model, target=target, method="loss")
 
 
 def test_a_budget_above_the_widest_is_noted_and_needs_no_measuring(tiny_model: Program) -> None:
     Counted.tried.clear()
-    program, log = choose(tiny_model, Counted(group=16), target=6.0, data=None)
+    program, log = choose(tiny_model, Counted(group=16), target=6.0, data=None, method="loss")
     assert set(widths(program).values()) == {4} and not Counted.tried
     (note,) = log.notes
     assert note.by == "bits" and "every site gets 4 bits" in note.text and "target=6.0" in note.text
-    assert not choose(tiny_model, target=5.0)[1].notes
+    assert not choose(tiny_model, target=5.0, method="loss")[1].notes
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,7 @@ def test_what_is_no_target(text: str) -> None:
 
 
 def test_the_pipeline_is_text() -> None:
-    text = "bits{target=60MB choices=[2 4] method=gradient tie=siblings sequences=4},rtn"
+    text = "bits{target=60MB choices=[2 4] method=loss tie=siblings sequences=4},rtn"
     assert str(parse(text)) == text
     assert str(parse("bits{target=2 tie=none},rtn")) == "bits{target=2.0},rtn"
 
@@ -319,20 +325,20 @@ def test_options_that_make_no_sense(options: str, option: str) -> None:
 
 def test_it_needs_text_unless_told_otherwise(tiny_model: Program) -> None:
     with pytest.raises(UsageError, match="needs calibration text"):
-        choose(tiny_model, target=4.0, data=None)
+        choose(tiny_model, target=4.0, data=None, method="loss")
 
 
 def test_sites_that_will_not_be_coded_take_no_part(tiny_model: Program) -> None:
-    program, log = choose(tiny_model, Rtn(group=16, skip=("v_proj",)), target=4.2, skip=("down_proj",))
+    program, log = choose(tiny_model, Rtn(group=16, skip=("v_proj",)), target=4.2, skip=("down_proj",), method="loss")
     assert len(widths(program)) == 10 and not any("v_proj" in n or "down_proj" in n for n in widths(program))
     assert 8 * total(log, "bytes") <= 4.2 * total(log, "weights")
     reasons = {d.site.rpartition(".")[2]: (d.reason, d.asked) for d in log.diagnostics}
     assert reasons["v_proj"] == ("rtn leaves it alone", True)
     assert reasons["down_proj"] == ("skip=down_proj names it", True)
-    nothing, _ = choose(tiny_model, target="1MB", skip=("*",))
+    nothing, _ = choose(tiny_model, target="1MB", skip=("*",), method="loss")
     assert widths(nothing) == {}
     with pytest.raises(UsageError, match="option skip"):
-        choose(tiny_model, target=4.2, skip=("dwon_proj",))
+        choose(tiny_model, target=4.2, skip=("dwon_proj",), method="loss")
 
 
 def test_a_dry_run_shows_the_sites(tiny_model: Program) -> None:
@@ -367,7 +373,7 @@ class Liar(Rtn):
 
 def test_a_pass_whose_codes_are_not_as_planned_is_found_out(tiny_model: Program) -> None:
     with pytest.raises(InvariantError, match="another width or size"):
-        choose(tiny_model, Liar(group=16), target=4.0)
+        choose(tiny_model, Liar(group=16), target=4.0, method="loss")
 
 
 CODERS = [name for name in pass_names() if load_pass(name).widths]
@@ -419,5 +425,5 @@ def test_every_pass_with_widths_uses_them(tiny_model: Program, name: str) -> Non
 
 
 def test_golden_dump(plain: tuple[Program, Log], request: pytest.FixtureRequest) -> None:
-    program = replace(plain[0].clone(), history=(*plain[0].history, "bits{target=4.6}"))
+    program = replace(plain[0].clone(), history=(*plain[0].history, "bits{target=4.6 method=loss}"))
     check_golden("bits.ir", dump(program), request)
