@@ -21,6 +21,7 @@ _BUILT_IN = {
     "bits": "passes.bits:Bits",
     "shiftadd": "passes.shiftadd:ShiftAdd",
     "rtn": "passes.rtn:Rtn",
+    "gptq": "passes.gptq:Gptq",
     "to-shiftadd": "passes.to_shiftadd:ToShiftadd",
 }
 

@@ -9,14 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from ir.analysis import LinearSite, blocks
-from ir.ops.packing import pack_bits
 from ir.ops.quant import QuantCodes
-from ir.ops.shiftcode import group_count
 from ir.program import Program
 from passes.base import Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.quantize.hessian import Gram
 from passes.quantize.salience import row_energy
-from passes.quantize.uniform import rtn
+from passes.quantize.uniform import packed, packed_bytes, rtn
 from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, put_quant_codes, weights_of
 from passes.widths import width_of
 
@@ -70,7 +68,7 @@ class Rtn(Pass):
         step = ctx.log.progress(len(sites), self.name)
         for site in sites:
             weight = weights_of(program, [site], self.name)
-            codes = self._round(site, weight, width_of(program, site, self.bits))
+            codes = self._round(weight, width_of(program, site, self.bits))
             error = weight - codes.dequantize(weight.dtype)
             rel = float(error.square().sum() / weight.square().sum().clamp_min(1e-300))
             put_quant_codes(program, site, codes, self.name)
@@ -79,26 +77,21 @@ class Rtn(Pass):
 
     def stored_bytes(self, site: LinearSite, bits: int) -> int:
         """Return the bytes of a site's codes, scales and zero points at a width."""
-        groups = group_count(site.inputs, self.group)
-        row = -(-site.inputs * bits // 8) + 2 * groups + (0 if self.symmetric else -(-groups * bits // 8))
-        return row * site.rows
+        return packed_bytes(site.rows, site.inputs, bits, self.group, self.symmetric)
 
     def trial(
         self, weight: Tensor, gram: Gram | None, choices: Sequence[int], site: LinearSite, ctx: Context
     ) -> list[Trial]:
         """Return the site rounded at each width."""
         del ctx
-        tried = [(bits, self._round(site, weight, bits)) for bits in choices]
+        tried = [(bits, self._round(weight, bits)) for bits in choices]
         return [
             Trial(bits, codes.stored_bits // 8, row_energy(weight - codes.dequantize(weight.dtype), gram))
             for bits, codes in tried
         ]
 
-    def _round(self, site: LinearSite, weight: Tensor, bits: int) -> QuantCodes:
-        found = rtn(weight, bits, self.group, self.symmetric, self.terms)
-        zeros = None if self.symmetric else pack_bits(found.zeros, bits)
-        packed = pack_bits(found.codes, bits)
-        return QuantCodes(packed, found.scales, zeros, bits, self.group, site.inputs)
+    def _round(self, weight: Tensor, bits: int) -> QuantCodes:
+        return packed(rtn(weight, bits, self.group, self.symmetric, self.terms), self.symmetric)
 
     def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
         size, weights = self.stored_bytes(site, bits), site.rows * site.inputs

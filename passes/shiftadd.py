@@ -26,7 +26,6 @@ from passes.quantize.targets import Moments, empty_moments
 from passes.rotation import plan_rotation, rotate_sites
 from passes.shiftcode.budget import choose
 from passes.shiftcode.siblings import Fitting, fit_siblings, quick
-from passes.shiftcode.solved import Solved, put_solved, restore_solved, save_solved
 from passes.shiftcode.solver import metric_of, solve
 from passes.shiftcode.spec import MOST_TRITS, ShiftSpec
 from passes.sites import (
@@ -36,6 +35,7 @@ from passes.sites import (
     outside_blocks,
     weights_of,
 )
+from passes.solved import Solved, put_solved, restore_solved, save_solved
 from passes.stream import Step, walk
 from passes.widths import width_of
 

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 
 import ir.artifact
-import passes.shiftcode.solved
+import passes.solved
 import tools.build
 from frontend.open import open_model
 from passes import pass_names
@@ -201,7 +201,7 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(int(sys.argv.pop(1)))
-import passes.shiftcode.solved as target
+import passes.solved as target
 import tools.text
 from tests.hf_folder import some_text
 from tools.compile import main
@@ -230,10 +230,8 @@ def test_killed_and_resumed_gives_the_bytes_of_one_run(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert left_behind(tmp_path) == [".out.work"]
     blocks: list[int] = []
-    save = passes.shiftcode.solved.save_block
-    monkeypatch.setattr(
-        passes.shiftcode.solved, "save_block", lambda w, i, *rest: blocks.append(i) or save(w, i, *rest)
-    )
+    save = passes.solved.save_block
+    monkeypatch.setattr(passes.solved, "save_block", lambda w, i, *rest: blocks.append(i) or save(w, i, *rest))
     assert run(main, [*argv, "--resume"]) == 0
     assert blocks == [1] and "resuming: 1 finished blocks found" in capsys.readouterr().err
     assert left_behind(tmp_path) == ["out"]
@@ -255,7 +253,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, error: BaseE
 def interrupted(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile, interrupted when the first block is through."""
     with monkeypatch.context() as patch:
-        fail_at(patch, passes.shiftcode.solved, "save_block", KeyboardInterrupt(), 1)
+        fail_at(patch, passes.solved, "save_block", KeyboardInterrupt(), 1)
         assert compile_(model, out, SHIFT) == 130
 
 
@@ -380,7 +378,7 @@ def test_a_failed_gate_keeps_and_marks_the_artifact(
 def test_strict_ends_at_a_site_that_would_be_left_alone(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fail_at(monkeypatch, passes.shiftcode.solved, "save_block", AssertionError("work before the error"), 0)
+    fail_at(monkeypatch, passes.solved, "save_block", AssertionError("work before the error"), 0)
     assert compile_(tiny_hf, tmp_path / "out", SHIFT, "--strict") == 3
     text = capsys.readouterr().err
     assert "--strict forbids" in text and "lm_head" in text and "shared with another reader" in text
@@ -402,7 +400,7 @@ def test_a_skip_pattern_that_names_nothing_is_refused(
 def test_a_failure_of_the_compiler_leaves_a_reproducer(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fail_at(monkeypatch, passes.shiftcode.solved, "save_block", ZeroDivisionError("a bug"), 1)
+    fail_at(monkeypatch, passes.solved, "save_block", ZeroDivisionError("a bug"), 1)
     with pytest.raises(ZeroDivisionError):
         compile_(tiny_hf, tmp_path / "out", SHIFT)
     crash = tmp_path / ".out.work" / "crash"

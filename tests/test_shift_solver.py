@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ir.ops.shiftcode import ShiftCodes, decode_offsets, decode_planes, decode_scales, encode
+from passes.quantize import order
 from passes.quantize.hessian import prepare
 from passes.shiftcode import solver
 from passes.shiftcode.bcq import fit_bcq
@@ -182,12 +183,12 @@ def test_groups_and_columns_are_taken_by_falling_curvature() -> None:
 def test_lazy_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, columns: int, spec: ShiftSpec) -> None:
     w, h, _ = problem(3, 300, seed=7)
     expected = solved(w, h, spec)
-    monkeypatch.setattr(solver, "_LAZY_COLUMNS", columns)
+    monkeypatch.setattr(order, "_LAZY_COLUMNS", columns)
     torch.testing.assert_close(solved(w, h, spec), expected, rtol=0, atol=1e-8)
 
 
 def test_the_loop_is_gptq_across_lazy_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solver, "_LAZY_COLUMNS", 10)
+    monkeypatch.setattr(order, "_LAZY_COLUMNS", 10)
     w, h, _ = problem(3, 37, seed=8)
     spec = replace(BARE, group=6, ordered=False)
     expected = gptq(w, prepare(h).matrix, spec, [list(range(s, min(s + 6, 37))) for s in range(0, 37, 6)])

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ir.errors import UsageError
 from ir.ops.nested import NestedCodes, nest
+from passes.quantize.order import Span
 from passes.shiftcode.solver import (
     Given,
     Metric,
-    Span,
     State,
     check,
     column_loop,

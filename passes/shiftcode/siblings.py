@@ -14,10 +14,12 @@ from ir.ops.nested import NestedCodes, take_nested_rows
 from ir.ops.shiftcode import ShiftCodes, take_rows
 from passes.quantize.targets import Moments, corrected
 from passes.shiftcode.nested import solve_nested
-from passes.shiftcode.solved import Codes, Solved
 from passes.shiftcode.solver import Metric, metric_of, relative_loss, solve
 from passes.shiftcode.spec import ShiftSpec
 from passes.sites import figures
+from passes.solved import Solved
+
+Codes = ShiftCodes | NestedCodes
 
 
 @dataclass(frozen=True, eq=False)

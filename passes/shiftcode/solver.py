@@ -15,6 +15,7 @@ from torch import Tensor
 from ir.errors import UsageError
 from ir.ops.shiftcode import ShiftCodes, dequantize, encode, group_count
 from passes.quantize.hessian import PreparedHessian, inverse_factor, prepare
+from passes.quantize.order import Span, group_order, lazy_blocks
 from passes.shiftcode.group_fit import fit_tiles
 from passes.shiftcode.joint import refit_scales
 from passes.shiftcode.spec import ShiftSpec
@@ -22,7 +23,6 @@ from passes.shiftcode.tiles import Tiles, levels_of, tiles_of
 
 # Rows worked on at once: 2**24 weights are 128 MiB in float64.
 _WEIGHTS_AT_ONCE = 1 << 24
-_LAZY_COLUMNS = 128
 # Rows of a product that replaces its left factor: large enough for the product's speed, small beside a layer.
 _ROWS_IN_PLACE = 512
 
@@ -33,15 +33,6 @@ class State:
 
     unknowns: Tensor
     codes: Tensor
-
-
-@dataclass(frozen=True)
-class Span:
-    """One group in processing order: its index in storage and its columns [start, end)."""
-
-    group: int
-    start: int
-    end: int
 
 
 Given = Callable[[Span, Tensor], tuple[Tensor, Tensor]]
@@ -63,7 +54,7 @@ def metric_of(hessian: Tensor, spec: ShiftSpec, *, tokens: int = 0, site: str = 
     """Order, damp and factor a Gram matrix [K, K] of any positive scale; tokens, site: for messages."""
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise UsageError("the Hessian must be square", where=site, why=f"its shape is {list(hessian.shape)}")
-    columns, spans = _processing_order(hessian.diagonal(), spec)
+    columns, spans = group_order(hessian.diagonal(), spec.group, spec.ordered)
     return Metric(columns, spans, prepare(hessian[columns][:, columns], spec.damp, tokens=tokens, site=site))
 
 
@@ -174,36 +165,6 @@ def _solve_free(w: Tensor, tiles: Tiles) -> State:
     return state
 
 
-def _processing_order(diagonal: Tensor, spec: ShiftSpec) -> tuple[Tensor, tuple[Span, ...]]:
-    """Return the processing order of the columns and the groups as spans of it, both by falling Hessian diagonal.
-
-    Groups stay whole, so the order costs nothing in storage.
-    """
-    inputs = diagonal.shape[0]
-    pieces = [torch.arange(s, min(s + spec.group, inputs)) for s in range(0, inputs, spec.group)]
-    order = list(range(len(pieces)))
-    diagonal = diagonal.cpu()
-    if spec.ordered:
-        means = torch.stack([diagonal[p].mean() for p in pieces])
-        order = torch.argsort(means, descending=True, stable=True).tolist()
-        pieces = [p[torch.argsort(diagonal[p], descending=True, stable=True)] for p in pieces]
-    spans, start = [], 0
-    for g in order:
-        spans.append(Span(g, start, start + len(pieces[g])))
-        start += len(pieces[g])
-    return torch.cat([pieces[g] for g in order]), tuple(spans)
-
-
-def _lazy_blocks(spans: tuple[Span, ...]) -> list[list[Span]]:
-    """Return the spans in blocks of some columns, between which errors are pushed in one product."""
-    blocks: list[list[Span]] = [[]]
-    for span in spans:
-        if blocks[-1] and blocks[-1][-1].end - blocks[-1][0].start >= _LAZY_COLUMNS:
-            blocks.append([])
-        blocks[-1].append(span)
-    return blocks
-
-
 def column_loop(w: Tensor, metric: Metric, tiles: Tiles, given: Given | None = None) -> State:
     """Run GPTQ's loop with the fit inside; w [N, K] and the factors are in processing order.
 
@@ -211,7 +172,7 @@ def column_loop(w: Tensor, metric: Metric, tiles: Tiles, given: Given | None = N
     """
     upper, state = metric.prepared.upper, empty_state(w, tiles)
     w = w.clone()
-    for block in _lazy_blocks(metric.spans):
+    for block in lazy_blocks(metric.spans):
         start, end = block[0].start, block[-1].end
         errors = torch.empty(w.shape[0], end - start, dtype=w.dtype)
         for span in block:

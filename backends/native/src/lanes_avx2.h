@@ -53,9 +53,10 @@ static inline void store(float* p, Floats x, int count) {
   if (to != p) std::memcpy(p, whole, sizeof(float) * count);
 }
 static inline Floats load_some(const float* p, int count) {
-  float whole[16] = {};
-  std::memcpy(whole, p, sizeof(float) * (count < 16 ? count : 16));
-  return load(whole);
+  if (count >= 16) return load(p);
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), left = _mm256_set1_epi32(count);
+  return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(left, lane)),
+          _mm256_maskload_ps(p + 8, _mm256_cmpgt_epi32(left, _mm256_add_epi32(lane, _mm256_set1_epi32(8))))};
 }
 
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

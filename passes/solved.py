@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ir.analysis import LinearSite, sibling_sites
 from ir.ops.nested import NestedCodes
+from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.program import Program
 from passes.base import Context
 from passes.checkpoint import load_block, save_block
-from passes.sites import put_nested_codes, put_shift_codes
+from passes.sites import put_nested_codes, put_quant_codes, put_shift_codes
 
-Codes = ShiftCodes | NestedCodes
-_STORED = ("signs", "scales", "exponents", "offsets")
+Codes = ShiftCodes | NestedCodes | QuantCodes
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (ShiftCodes, NestedCodes, QuantCodes)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,8 @@ def put_solved(program: Program, row: Solved, pass_name: str, ctx: Context) -> N
     """Put a site's codes in place of its weight and report them; pass_name: of the pass, for the program's record."""
     if isinstance(row.codes, NestedCodes):
         put_nested_codes(program, row.site, row.codes, pass_name)
+    elif isinstance(row.codes, QuantCodes):
+        put_quant_codes(program, row.site, row.codes, pass_name)
     else:
         put_shift_codes(program, row.site, row.codes, pass_name)
     if row.fallback:
@@ -68,28 +71,31 @@ def restore_solved(program: Program, sites: list[LinearSite], pass_name: str, ct
 
 
 def _kept(codes: Codes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the JSON-able rest of codes, from which `_restored` makes them again."""
+    """Return the tensors and the JSON-able rest of codes, from which `_restored` makes them again.
+
+    Tensors of a tuple are numbered; the rest names the kind of codes and the lengths of its tuples.
+    """
     tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"kind": type(codes).__name__, "lengths": {}}
     for f in fields(codes):
         value = getattr(codes, f.name)
         if isinstance(value, Tensor):
             tensors[f.name] = value
-        elif f.name in _STORED and value is not None:
+        elif isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value):
             tensors.update({f"{f.name}.{i}": t for i, t in enumerate(value)})
-        elif f.name not in _STORED:
+            facts["lengths"][f.name] = len(value)
+        else:
             facts[f.name] = value
     return tensors, facts
 
 
 def _restored(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Codes:
     """Return the codes that `_kept` took apart."""
-    if "precisions" not in facts:
-        parts: dict[str, Any] = {name: tensors.get(name) for name in _STORED}
-        return ShiftCodes(**parts, **facts)
-    lists: dict[str, Any] = {
-        name: tuple(tensors[f"{name}.{i}"] for i in range(len(facts["precisions"])) if f"{name}.{i}" in tensors)
-        for name in _STORED[1:]
+    rest = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in facts.items() if name not in ("kind", "lengths")
     }
-    facts = {**facts, "precisions": tuple(facts["precisions"])}
-    return NestedCodes(tensors["signs"], **lists, **facts)
+    parts: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    for name, length in facts["lengths"].items():
+        parts[name] = tuple(tensors[f"{name}.{i}"] for i in range(length))
+    found: Codes = _KINDS[facts["kind"]](**parts, **rest)
+    return found

@@ -1,0 +1,158 @@
+"""`gptq`: uniform codes in which later inputs make up for the rounding of earlier ones (GPTQ, 2210.17323)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ir.analysis import LinearSite, blocks, sibling_sites
+from ir.errors import UnsupportedError
+from ir.program import Program
+from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
+from passes.quantize.gptq import GptqSpec, Order, gptq
+from passes.quantize.hessian import Gram
+from passes.quantize.salience import row_energy
+from passes.quantize.targets import Moments, corrected, empty_moments
+from passes.quantize.uniform import UniformCodes, packed, packed_bytes
+from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, weights_of
+from passes.solved import Solved, put_solved, restore_solved, save_solved
+from passes.stream import Step, walk
+from passes.widths import width_of
+
+
+@dataclass(frozen=True)
+class Gptq(Pass):
+    """Round weights to uniform levels one input after another, the rest of a row making up for each error."""
+
+    bits: int = field(default=4, metadata={"help": "bits per code, 2 to 8, where the pass bits chose no other"})
+    group: int = field(
+        default=64, metadata={"help": "inputs that share a scale and zero point; must divide every input"}
+    )
+    symmetric: bool = field(default=False, metadata={"help": "a range around zero, without stored zero points"})
+    terms: int = field(
+        default=0, metadata={"help": "powers of two a scale is a sum of, 1 to 3; 0 takes it as it is, in float16"}
+    )
+    order: Order = field(
+        default="groups",
+        metadata={
+            "help": "groups: those that matter most first, inputs within likewise; inputs: across groups, whose levels "
+            "are laid beforehand; stored: as they come"
+        },
+    )
+    search: bool = field(default=True, metadata={"help": "cut a group's range where that leaves less error"})
+    target: Literal["float", "own"] = field(
+        default="float",
+        metadata={
+            "help": "float: come close to the float model's outputs on the compressed inputs; own: to the weight's"
+        },
+    )
+    share: float = field(default=0.25, metadata={"help": "how much of that correction is taken, 0 to 1"})
+    damp: float = field(default=0.01, metadata={"help": "damping of the Hessian, relative to its mean diagonal"})
+    skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave in float, `*` stands for any text"})
+
+    name: ClassVar[str] = "gptq"
+    level: ClassVar[tuple[str, str]] = ("model", "compressed")
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    gives: ClassVar[frozenset[str]] = frozenset({"quant-weights"})
+    exact: ClassVar[bool] = False
+    widths: ClassVar[range] = range(2, 9)
+
+    def needs(self) -> Calib | None:
+        """Return the compressed stream, and the float one beside it for float targets."""
+        return Calib("both" if self._both else "compressed")
+
+    @property
+    def _both(self) -> bool:
+        return self.target == "float" and self.share > 0
+
+    def validate(self) -> None:
+        """Raise OptionError for values codes cannot have."""
+        for option, low, high in (("bits", 2, 8), ("terms", 0, 3), ("share", 0, 1), ("group", 1, 1 << 20)):
+            value = getattr(self, option)
+            if not low <= value <= high:
+                raise OptionError(self.name, option, f"{value} is outside {low}..{high}")
+        if not 0 < self.damp <= 1:
+            raise OptionError(self.name, "damp", f"{self.damp} is outside (0, 1]")
+
+    def plan(self, program: Program) -> list[PlanRow]:
+        """Return the sites with the bits and bytes their codes will take."""
+        nodes = [n for block in blocks(program) for n in block.nodes]
+        sites = choose_sites(program, nodes, self.skip, Context())
+        check_group(sites, self.group, self.name)
+        return [PlanRow(s.name, self.name, self._predicted(s, width_of(program, s, self.bits))) for s in sites]
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Round block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""
+        nodes = [n for block in blocks(program) for n in block.nodes]
+        check_skip(program, self.skip, self.name)
+        check_group(choose_sites(program, nodes, self.skip, ctx), self.group, self.name)
+        outside_blocks(program, nodes, self.skip, ctx)
+        for walked in walk(program, ctx, "both" if self._both else "compressed", self.name):
+            sites = choose_sites(program, walked.block.nodes, self.skip, Context())
+            if not restore_solved(program, sites, self.name, ctx, walked.block.index):
+                save_solved(ctx, walked.block.index, self._round_block(program, walked, sites, ctx))
+
+    def _round_block(self, program: Program, walked: Step, sites: list[LinearSite], ctx: Context) -> dict[str, Solved]:
+        """Round a block's sites on the second moments of their inputs; return them by the node's name."""
+        groups = sibling_sites(sites)
+        moments = [empty_moments(group[0].inputs, self._both) for group in groups]
+        inputs = [group[0].node.args[0] for group in groups]
+        if self._both:
+            walked.observe_pairs({x: m.add for x, m in zip(inputs, moments, strict=True)})  # type: ignore[misc]
+        else:
+            walked.observe({x: m.add_alone for x, m in zip(inputs, moments, strict=True)})  # type: ignore[misc]
+        solved: dict[str, Solved] = {}
+        for group, known in zip(groups, moments, strict=True):
+            for site in group:
+                row = solved[site.node.name] = self._fit(program, site, known)
+                put_solved(program, row, self.name, ctx)
+        return solved
+
+    def _fit(self, program: Program, site: LinearSite, moments: Moments) -> Solved:
+        """Return a site's codes, fitted to its weights alone where its inputs tell nothing."""
+        spec = self._spec(width_of(program, site, self.bits))
+        weight, gram = weights_of(program, [site], self.name), moments.gram
+        hessian, fallback, found = gram.matrix, "", None
+        target = weight
+        if not bool(hessian.diagonal().any()):
+            fallback = f"its inputs were zero for all {gram.tokens} tokens, so it is rounded without them"
+        else:
+            try:
+                target = corrected(weight, moments, self.damp, self.share)
+                found = gptq(target, hessian, spec, tokens=gram.tokens, site=site.name)
+            except UnsupportedError as error:
+                fallback, target = f"{error.what} ({error.why}), so it is rounded without them", weight
+        codes = packed(found or gptq(weight, None, spec, site=site.name), self.symmetric)
+        left = target - codes.dequantize(torch.float64)
+        lost, whole = (float(row_energy(m, None if fallback else gram).sum()) for m in (left, target))
+        rows = figures(codes.stored_bits, site.rows, site.inputs, lost / whole if whole > 0 else 0.0)
+        return Solved(site, codes, rows, fallback)
+
+    def stored_bytes(self, site: LinearSite, bits: int) -> int:
+        """Return the bytes of a site's codes, scales and zero points at a width."""
+        return packed_bytes(site.rows, site.inputs, bits, self.group, self.symmetric)
+
+    def trial(
+        self, weight: Tensor, gram: Gram | None, choices: Sequence[int], site: LinearSite, ctx: Context
+    ) -> list[Trial]:
+        """Return the site rounded at each width."""
+        del ctx
+        found: list[Trial] = []
+        for bits in choices:
+            matrix, tokens = (None, 0) if gram is None else (gram.matrix, gram.tokens)
+            codes: UniformCodes = gptq(weight, matrix, self._spec(bits), tokens=tokens, site=site.name)
+            lost = row_energy(weight - packed(codes, self.symmetric).dequantize(torch.float64), gram)
+            found.append(Trial(bits, self.stored_bytes(site, bits), lost))
+        return found
+
+    def _spec(self, bits: int) -> GptqSpec:
+        return GptqSpec(bits, self.group, self.symmetric, self.terms, self.order, self.search, self.damp)
+
+    def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
+        size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
+        return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}
