@@ -17,6 +17,7 @@ _BUILT_IN = {
     "canon": "passes.canon:Canon",
     "fold": "passes.fold:Fold",
     "smooth": "passes.smooth:Smooth",
+    "awq": "passes.awq:Awq",
     "rotate": "passes.rotate:Rotate",
     "bits": "passes.bits:Bits",
     "shiftadd": "passes.shiftadd:ShiftAdd",
