@@ -13,12 +13,13 @@ from ir.analysis import Block
 from ir.program import Program, tensor_type_of
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.equiv.discover import discover
-from passes.equiv.groups import EquivGroup, Kind, TieMap, annotate
+from passes.equiv.groups import EquivGroup, TieMap, annotate
 from passes.equiv.transfer import expand
 from passes.quantize.hessian import Gram, empty_gram, update
 from passes.quantize.salience import relative_loss, row_energy
 from passes.quantize.uniform import rtn
 from passes.sites import choose_sites
+from passes.smooth import Site
 from passes.stream import Step, walk
 
 # No channel is taken to be weaker than this share of the strongest: a scale of its own size would undo the others.
@@ -57,7 +58,7 @@ class Awq(Pass):
     bits: int = field(default=4, metadata={"help": "width that weights are rounded to in the search, 2 to 8"})
     group: int = field(default=64, metadata={"help": "inputs that share a scale there"})
     symmetric: bool = field(default=False, metadata={"help": "a range around zero there"})
-    sites: tuple[Kind, ...] = field(
+    sites: tuple[Site, ...] = field(
         default=("norm->linears", "v->o", "up->down"), metadata={"help": "kinds of groups to scale"}
     )
     steps: int = field(default=20, metadata={"help": "exponents tried, from 0 up to 1"})

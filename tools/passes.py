@@ -44,6 +44,9 @@ def describe(kind: type[Pass]) -> dict[str, object]:
     """Return the contract and the options of a pass as plain values."""
     from passes.options import options_of
 
+    options = [_option(option) for option in options_of(kind)]
+    # As with every option at its default, where all have one: others may need less, or more.
+    wanted = kind.data if any(option["default"] is None for option in options) else kind().needs()
     return {
         "name": kind.name,
         "summary": kind.summary,
@@ -53,9 +56,9 @@ def describe(kind: type[Pass]) -> dict[str, object]:
         "requires": sorted(kind.requires),
         "gives": sorted(kind.gives),
         "removes": sorted(kind.removes),
-        "calibration": None if kind.data is None else kind.data.stream,
+        "calibration": None if wanted is None else wanted.stream,
         "nests": kind.nests,
-        "options": [_option(option) for option in options_of(kind)],
+        "options": options,
     }
 
 
