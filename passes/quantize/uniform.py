@@ -62,28 +62,57 @@ def rtn(
             "uniform rounding needs a finite matrix, 2 to 8 bits and a positive group",
             why=f"shape {list(weight.shape)}, {bits} bits, group {group}",
         )
-    top = 2**bits - 1
-    w = weight.float()
-    groups = -(-w.shape[1] // group)
-    # Padding with zero is neutral because every range includes zero.
-    padded = torch.nn.functional.pad(w, (0, groups * group - w.shape[1])).unflatten(1, (groups, group))
-    low, high = share * padded.amin(-1).clamp(max=0.0), share * padded.amax(-1).clamp(min=0.0)
+    low, high = ranges(weight.float(), group)
+    return within(weight, share * low, share * high, bits, group, symmetric, terms)
+
+
+def ranges(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest weight of each row group, [N, G], or 0 where that is not beyond 0."""
+    padded = in_groups(weight, group)
+    return padded.amin(-1).clamp(max=0.0), padded.amax(-1).clamp(min=0.0)
+
+
+def in_groups(weight: Tensor, group: int) -> Tensor:
+    """Return a weight [N, K] as [N, G, group]; padding with zero is neutral because every range includes zero."""
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group))
+    parts: Tensor = padded.unflatten(1, (-1, group))
+    return parts
+
+
+def within(
+    weight: Tensor, low: Tensor, high: Tensor, bits: int, group: int, symmetric: bool = False, terms: int = 0
+) -> UniformCodes:
+    """Round a weight [N, K] to the levels that cover low to high, [N, G], which include 0; the rest is clipped.
+
+    Scales are as `steps_of` has them, but for terms as in `rtn`.
+    """
+    padded = in_groups(weight.float(), group)
     if symmetric:
         high = torch.maximum(high, -low)
         low = -high
-    span = (high / top - low / top).clamp(_F16_TINY, _F16_MAX)
     if not terms:
-        scales = torch.where(high == low, 1.0, span).half()
+        scales = steps_of(low, high, bits).half()
         codes, zeros = _assign(padded, low, scales, bits, symmetric)
     else:
-        choices = power_scales(span, high != low, terms)
+        choices = power_scales(_span(low, high, bits), high != low, terms)
         found = [(*_assign(padded, low, scales, bits, symmetric), scales) for scales in choices]
         errors = [(padded - (c - z[..., None]) * s.float()[..., None]).square().sum(-1) for c, z, s in found]
         up = errors[1] < errors[0]
         codes = torch.where(up[..., None], found[1][0], found[0][0])
         zeros, scales = (torch.where(up, found[1][i], found[0][i]) for i in (1, 2))
-    codes = codes.flatten(1)[:, : w.shape[1]].to(torch.uint8).contiguous()
+    codes = codes.flatten(1)[:, : weight.shape[1]].to(torch.uint8).contiguous()
     return UniformCodes(codes, scales, zeros.to(torch.uint8), bits, group)
+
+
+def steps_of(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Return the steps of levels from low to high, [N, G], within float16 and not rounded to it; 1 for empty ranges."""
+    return torch.where(high == low, 1.0, _span(low, high, bits))
+
+
+def _span(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    top = 2**bits - 1
+    span: Tensor = high / top - low / top
+    return span.clamp(_F16_TINY, _F16_MAX)
 
 
 def searched(
