@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -97,16 +97,23 @@ def decoded_weight(node: fx.Node, load: Callable[[str], Tensor]) -> Tensor:
     return codes.dequantize(_input_type(node).dtype)
 
 
-def decode_linears(graph: fx.Graph, load: Callable[[str], Tensor]) -> dict[str, Tensor]:
+def decoded_name(node: fx.Node) -> str:
+    """Return the name that the decoded weight of a coded linear goes by."""
+    return f"decoded.{node.name}"
+
+
+def decode_linears(graph: fx.Graph, load: Callable[[str], Tensor], free: Iterable[str] = ()) -> dict[str, Tensor]:
     """Turn the coded linears of a graph into `aten.linear` on parameters of their own, in place; return these.
 
-    The parameters of codes that nothing reads any more leave the graph.
+    free: names of weights that need no decoding, because the caller will give values of its own. The parameters of
+    codes that nothing reads any more leave the graph.
     """
     weights: dict[str, Tensor] = {}
     for node in [n for n in graph.nodes if is_coded(n)]:
         values = arguments(node)
-        name = f"decoded.{node.name}"
-        weights[name] = decoded_weight(node, load)
+        name = decoded_name(node)
+        if name not in free:
+            weights[name] = decoded_weight(node, load)
         with graph.inserting_before(node):
             weight = graph.create_node("get_attr", name)
             new = graph.create_node("call_function", aten.linear.default, (values["x"], weight, values["bias"]))

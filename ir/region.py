@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from ir.program import Program, graph_module
+from ir.decode import decode_linears
+from ir.program import Program, flat_name, graph_module
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,20 @@ class Region:
             return overrides[name] if name in overrides else self.program.params.get(name)
 
         return graph_module(self.graph(), load, trainable, decode)
+
+    def function(self, free: Sequence[str]) -> nn.Module:
+        """Return a module that maps values of the parameters `free`, then the inputs, to the tuple of outputs.
+
+        Coded linears are float ones in it, each with a weight of the name that `ir.decode.decoded_name` gives.
+        """
+        graph = self.graph()
+        decoded = decode_linears(graph, self.program.params.get, free)
+        with graph.inserting_before(next(iter(graph.nodes))):
+            given = {name: graph.placeholder(flat_name(name)) for name in free}
+        for node in [n for n in graph.nodes if n.op == "get_attr" and n.target in given]:
+            node.replace_all_uses_with(given[str(node.target)])
+            graph.erase_node(node)
+        return graph_module(graph, lambda name: decoded[name] if name in decoded else self.program.params.get(name))
 
 
 def region(program: Program, nodes: Iterable[fx.Node], outputs: Iterable[fx.Node] | None = None) -> Region:

@@ -23,6 +23,7 @@ _BUILT_IN = {
     "shiftadd": "passes.shiftadd:ShiftAdd",
     "rtn": "passes.rtn:Rtn",
     "gptq": "passes.gptq:Gptq",
+    "omniquant": "passes.omniquant:Omniquant",
     "to-shiftadd": "passes.to_shiftadd:ToShiftadd",
 }
 

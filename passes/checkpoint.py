@@ -26,13 +26,16 @@ def save_block(work: Path | None, index: int, tensors: dict[str, Tensor], facts:
     os.replace(stem.with_suffix(".tmp"), stem.with_suffix(".json"))
 
 
+def has_block(work: Path | None, index: int) -> bool:
+    """Return whether a block was finished in an earlier run."""
+    return work is not None and (work / f"block-{index:04d}.json").is_file()
+
+
 def load_block(work: Path | None, index: int) -> tuple[dict[str, Tensor], dict[str, object]] | None:
     """Return a finished block's tensors and facts, or None when it was not finished."""
-    if work is None:
+    if work is None or not has_block(work, index):
         return None
     stem = work / f"block-{index:04d}"
-    if not stem.with_suffix(".json").is_file():
-        return None
     source = SafetensorsSource(stem.with_suffix(".safetensors"))
     facts: dict[str, object] = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     return {name: source.load(name) for name in source.names()}, facts

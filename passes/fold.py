@@ -10,9 +10,10 @@ import torch
 from ir.edit import Editor
 from ir.program import Program
 from passes.base import Context, Pass, PlanRow, Stage
-from passes.equiv.apply import Factors, apply, drop_gain, norm_operands
+from passes.equiv.apply import Factors, apply
 from passes.equiv.discover import discover
 from passes.equiv.groups import NORMS, Discovery, EquivGroup, clear, recorded
+from passes.equiv.operands import drop_gain, norm_operands
 from passes.equiv.producers import gain_of
 from passes.equiv.transfer import unit_scales
 
@@ -41,18 +42,18 @@ class Fold(Pass):
     def plan(self, program: Program) -> list[PlanRow]:
         """Return a row per scale and per gain that would be folded."""
         found = discover(program)
-        rows = [PlanRow(site, f"fold the scales of {kind}") for kind, site, _ in recorded(program)]
+        rows = [PlanRow(left.site, f"fold the scales of {left.kind}") for left in recorded(program)]
         return [*rows, *(PlanRow(g.site, "fold the gain") for g in _unbalanced(program, found))]
 
     def run(self, program: Program, ctx: Context) -> None:
         """Gather the factors of every group, write each weight once, and forget the scales."""
         found, factors = discover(program), Factors()
         balanced: set[str] = set(program.attributes.get(BALANCED, []))
-        for kind, site, s in recorded(program):
-            group = found.find(kind, site)
-            factors.add(group, s)
-            balanced |= {site} if group.kind in NORMS else set()
-            _report(ctx, group, s)
+        for left in recorded(program):
+            group = found.find(left.kind, left.site)
+            factors.add(group, left.scales, left.shift)
+            balanced |= {left.site} if group.kind in NORMS else set()
+            _report(ctx, group, left.scales)
         for absence in found.absences:
             if absence.kind in NORMS:
                 ctx.log.skip(absence.site, absence.reason)
@@ -70,7 +71,7 @@ class Fold(Pass):
 
 def _unbalanced(program: Program, found: Discovery) -> list[EquivGroup]:
     """Return the norm groups whose gain no earlier pass has chosen."""
-    chosen = {site for _, site, _ in recorded(program)} | set(program.attributes.get(BALANCED, []))
+    chosen = {left.site for left in recorded(program)} | set(program.attributes.get(BALANCED, []))
     return [group for group in found.of(*NORMS) if group.site not in chosen]
 
 

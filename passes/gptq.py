@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -13,10 +13,11 @@ from ir.analysis import LinearSite, blocks, sibling_sites
 from ir.errors import UnsupportedError
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
+from passes.moments import moments_of
 from passes.quantize.gptq import GptqSpec, Order, gptq
 from passes.quantize.hessian import Gram
 from passes.quantize.salience import row_energy
-from passes.quantize.targets import Moments, corrected, empty_moments
+from passes.quantize.targets import Moments, corrected
 from passes.quantize.uniform import UniformCodes, packed, packed_bytes
 from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, weights_of
 from passes.solved import Solved, put_solved, restore_solved, save_solved
@@ -51,6 +52,10 @@ class Gptq(Pass):
         },
     )
     share: float = field(default=0.25, metadata={"help": "how much of that correction is taken, 0 to 1"})
+    sequential: bool = field(
+        default=False,
+        metadata={"help": "sites of a block one after another, each on inputs as those before it left them"},
+    )
     damp: float = field(default=0.01, metadata={"help": "damping of the Hessian, relative to its mean diagonal"})
     skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave in float, `*` stands for any text"})
 
@@ -95,25 +100,29 @@ class Gptq(Pass):
         for walked in walk(program, ctx, "both" if self._both else "compressed", self.name):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
             if not restore_solved(program, sites, self.name, ctx, walked.block.index):
-                save_solved(ctx, walked.block.index, self._round_block(program, walked, sites, ctx))
+                save_solved(ctx, walked.block.index, self.round_block(program, walked, sites, ctx))
 
-    def _round_block(self, program: Program, walked: Step, sites: list[LinearSite], ctx: Context) -> dict[str, Solved]:
-        """Round a block's sites on the second moments of their inputs; return them by the node's name."""
-        groups = sibling_sites(sites)
-        moments = [empty_moments(group[0].inputs, self._both) for group in groups]
-        inputs = [group[0].node.args[0] for group in groups]
-        if self._both:
-            walked.observe_pairs({x: m.add for x, m in zip(inputs, moments, strict=True)})  # type: ignore[misc]
-        else:
-            walked.observe({x: m.add_alone for x, m in zip(inputs, moments, strict=True)})  # type: ignore[misc]
+    def round_block(
+        self,
+        program: Program,
+        walked: Step,
+        sites: list[LinearSite],
+        ctx: Context,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Solved]:
+        """Round a block's sites on the second moments of their inputs; return them by the node's name.
+
+        shares: of each site's ranges, by the node's name, as `passes.quantize.gptq.gptq` takes them.
+        """
         solved: dict[str, Solved] = {}
-        for group, known in zip(groups, moments, strict=True):
+        for group, known in moments_of(walked, sibling_sites(sites), self._both, self.sequential):
             for site in group:
-                row = solved[site.node.name] = self._fit(program, site, known)
+                own = None if shares is None else shares[site.node.name]
+                row = solved[site.node.name] = self._fit(program, site, known, own)
                 put_solved(program, row, self.name, ctx)
         return solved
 
-    def _fit(self, program: Program, site: LinearSite, moments: Moments) -> Solved:
+    def _fit(self, program: Program, site: LinearSite, moments: Moments, shares: Tensor | None) -> Solved:
         """Return a site's codes, fitted to its weights alone where its inputs tell nothing."""
         spec = self._spec(width_of(program, site, self.bits))
         weight, gram = weights_of(program, [site], self.name), moments.gram
@@ -124,10 +133,10 @@ class Gptq(Pass):
         else:
             try:
                 target = corrected(weight, moments, self.damp, self.share)
-                found = gptq(target, hessian, spec, tokens=gram.tokens, site=site.name)
+                found = gptq(target, hessian, spec, shares=shares, tokens=gram.tokens, site=site.name)
             except UnsupportedError as error:
                 fallback, target = f"{error.what} ({error.why}), so it is rounded without them", weight
-        codes = packed(found or gptq(weight, None, spec, site=site.name), self.symmetric)
+        codes = packed(found or gptq(weight, None, spec, shares=shares, site=site.name), self.symmetric)
         left = target - codes.dequantize(torch.float64)
         lost, whole = (float(row_energy(m, None if fallback else gram).sum()) for m in (left, target))
         rows = figures(codes.stored_bits, site.rows, site.inputs, lost / whole if whole > 0 else 0.0)

@@ -14,8 +14,8 @@ from ir.edit import Editor
 from ir.ops.hadamard import block_order, hadamard_cost
 from ir.ops.packing import pack_bits
 from ir.program import Program, tensor_type_of
-from passes.equiv.apply import write_operand
 from passes.equiv.heads import ValueHeads, value_heads
+from passes.equiv.operands import write_operand
 from passes.equiv.turns import Turn, peak, random_signs, turned_bias, turned_weight
 from passes.sites import weights_of
 

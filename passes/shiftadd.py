@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -19,10 +19,11 @@ from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.bits import Bits
 from passes.equiv.turns import random_signs
+from passes.moments import moments_of
 from passes.pipeline import Item
 from passes.quantize.hessian import Gram
 from passes.quantize.salience import row_energy
-from passes.quantize.targets import Moments, empty_moments
+from passes.quantize.targets import Moments
 from passes.rotation import plan_rotation, rotate_sites
 from passes.shiftcode.budget import choose
 from passes.shiftcode.siblings import Fitting, fit_siblings, quick
@@ -234,18 +235,8 @@ class ShiftAdd(Pass):
     def _solve(self, program: Program, walked: Step, sites: list[LinearSite], ctx: Context) -> dict[str, Solved]:
         """Fit a block's sites to the second moments of their inputs and put their codes in place, by node name."""
         solved: dict[str, Solved] = {}
-        groups = sibling_sites(sites)
-        rounds = [[group] for group in groups] if self.sequential else [groups]
-        for together in rounds:
-            moments = [empty_moments(group[0].inputs, self._both) for group in together]
-            inputs: list[Any] = [group[0].node.args[0] for group in together]
-            if self._both:
-                pairs = {x: m.add for x, m in zip(inputs, moments, strict=True)}
-                walked.observe_pairs(pairs, last=together is rounds[-1])
-            else:
-                walked.observe({x: m.add_alone for x, m in zip(inputs, moments, strict=True)})
-            for group, known in zip(together, moments, strict=True):
-                solved |= self._put(program, group, known, ctx)
+        for group, known in moments_of(walked, sibling_sites(sites), self._both, self.sequential):
+            solved |= self._put(program, group, known, ctx)
         return solved
 
     def _put(

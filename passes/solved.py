@@ -18,6 +18,8 @@ from passes.checkpoint import load_block, save_block
 from passes.sites import put_nested_codes, put_quant_codes, put_shift_codes
 
 Codes = ShiftCodes | NestedCodes | QuantCodes
+# Before the names of parameters that stay float, in a finished block's file.
+_FLOAT = "float:"
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (ShiftCodes, NestedCodes, QuantCodes)}
 
 
@@ -44,9 +46,14 @@ def put_solved(program: Program, row: Solved, pass_name: str, ctx: Context) -> N
     ctx.log.report(site=row.site.name, **row.figures)
 
 
-def save_solved(ctx: Context, index: int, solved: Mapping[str, Solved]) -> None:
-    """Keep a block's codes, by the name of the node they replaced, for a run that resumes this one."""
-    tensors: dict[str, Tensor] = {}
+def save_solved(
+    ctx: Context, index: int, solved: Mapping[str, Solved], floats: Mapping[str, Tensor] | None = None
+) -> None:
+    """Keep a block's codes, by the name of the node they replaced, for a run that resumes this one.
+
+    floats: parameters that the pass changed and that stay float, by name.
+    """
+    tensors: dict[str, Tensor] = {f"{_FLOAT}{name}": tensor for name, tensor in (floats or {}).items()}
     facts: dict[str, object] = {}
     for stem, row in solved.items():
         parts, rest = _kept(row.codes)
@@ -61,6 +68,9 @@ def restore_solved(program: Program, sites: list[LinearSite], pass_name: str, ct
     if found is None:
         return False
     tensors, facts = found
+    for name, tensor in tensors.items():
+        if name.startswith(_FLOAT):
+            program.params.put(name.removeprefix(_FLOAT), tensor, pass_name)
     for site in (site for group in sibling_sites(sites) for site in group):
         fact, stem = facts[site.node.name], f"{site.node.name}/"
         assert isinstance(fact, dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -42,6 +42,33 @@ class _Flow:
     def values(self, batch: int, block: Block) -> Mapping[str, Tensor]:
         known = {**self.ambient[self.shapes[batch]], **self.carried[batch]}
         return {**known, block.entry.name: self.entry[batch]}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockFunction:
+    """A block on the compressed stream as a function of some of its parameters, for training them.
+
+    batches: how many there are; module: as `Region.function` gives it, for the parameters `free`.
+    """
+
+    free: tuple[str, ...]
+    batches: int
+    _module: nn.Module
+    _part: Region
+    _flow: _Flow
+    _block: Block
+
+    def __call__(self, params: Mapping[str, Tensor], batch: int) -> Tensor:
+        """Return a batch's exit value [batch, seq, width] under these values of the free parameters."""
+        values = self._flow.values(batch, self._block)
+        found: Tensor = self._module(
+            *[params[name] for name in self.free], *[values[n.name] for n in self._part.inputs]
+        )[0]
+        return found
+
+    def release(self) -> None:
+        """Let go of the block's other parameters."""
+        release(self._module)
 
 
 @dataclass(frozen=True)
@@ -89,6 +116,29 @@ class Step:
                 for call, a, b in zip(wanted.values(), compressed, original[: len(wanted)], strict=True):
                     call(a, b)
         self._float.ready = ready
+
+    def function(self, free: Sequence[str]) -> BlockFunction:
+        """Return the block as it is now, on the compressed stream, as a function of the parameters `free`."""
+        if self._compressed is None:
+            raise ValueError("this walk carries no compressed stream")
+        part = _whole(self._compressed, self.block)
+        flow = self._compressed
+        return BlockFunction(tuple(free), len(flow.entry), part.function(free), part, flow, self.block)
+
+    def float_exits(self) -> list[Tensor]:
+        """Return what the original block gives on the float stream, per batch; the stream moves on by these."""
+        if self._float is None or self._float_block is None:
+            raise ValueError("this walk carries no float stream")
+        if not self._float.ready:
+            self._float.ready = list(_exits(self._float, self._float_block))
+        return list(self._float.ready)
+
+    def original_exits(self) -> list[Tensor]:
+        """Return what the original block gives on the compressed stream, per batch."""
+        if self._compressed is None or self._float is None or self._float_block is None:
+            raise ValueError("this walk does not carry both streams")
+        flow = replace(self._compressed, program=self._float.program, plan=self._float.plan, ready=[])
+        return list(_exits(flow, self._float_block))
 
 
 def walk(program: Program, ctx: Context, stream: Literal["float", "compressed", "both"], label: str) -> Iterator[Step]:
@@ -141,6 +191,11 @@ def calibration(ctx: Context) -> Sequence[Tensor]:
             fix="pass --calib FILE or --calib builtin",
         )
     return ctx.calibration
+
+
+def split_rows(ctx: Context, rows: int) -> list[Tensor]:
+    """Return the calibration batches cut to at most `rows` samples each, for steps of training."""
+    return [part for ids in calibration(ctx) for part in ids.split(rows)]
 
 
 def _start(program: Program, plan: Layout, batches: Sequence[Tensor], precision: Precision) -> _Flow:
@@ -202,10 +257,21 @@ def _advance(flow: _Flow, block: Block) -> None:
     if flow.ready:
         flow.entry, flow.ready = flow.ready, []
         return
-    nodes = between(flow.program, block.entry, block.exit, _outside(flow))
-    part = region(flow.program, nodes, [block.exit])
+    for batch, value in enumerate(_exits(flow, block)):
+        flow.entry[batch] = value
+
+
+def _exits(flow: _Flow, block: Block) -> Iterator[Tensor]:
+    """Yield each batch's exit of a block as it is now."""
+    part = _whole(flow, block)
     module = part.module(decode=True)
-    with products_in(flow.precision):
-        for batch in range(len(flow.entry)):
-            flow.entry[batch] = _call(module, part, flow.values(batch, block))[0]
+    for batch in range(len(flow.entry)):
+        with products_in(flow.precision):
+            found = _call(module, part, flow.values(batch, block))[0]
+        yield found
     release(module)
+
+
+def _whole(flow: _Flow, block: Block) -> Region:
+    """Return a block from entry to exit, as it is now."""
+    return region(flow.program, between(flow.program, block.entry, block.exit, _outside(flow)), [block.exit])

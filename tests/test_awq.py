@@ -11,13 +11,14 @@ from torch import Tensor
 from ir.edit import Editor
 from ir.program import Program
 from ir.verify import verify
-from passes.awq import Awq, candidates, tied_mean
+from passes.awq import Awq
 from passes.base import Context, Log, OptionError
 from passes.equiv.discover import discover
 from passes.equiv.groups import RECORDS, TieMap
 from passes.fold import Fold
 from passes.manager import Settings, run_pipeline
 from passes.pipeline import parse
+from passes.scale_search import candidates, tied_mean
 from tests.architectures import doubled, ids_for, prefill_and_decode, relative_error, traced
 
 BATCHES = (ids_for(2, 8, seed=5), ids_for(2, 8, seed=6), ids_for(1, 5, seed=7))
@@ -135,7 +136,7 @@ def test_absent_groups_of_the_kinds_asked_for_are_reported() -> None:
     assert ["gelu" in d.reason for d in log.diagnostics] == [True] and not log.reports
 
 
-@pytest.mark.parametrize(("option", "value"), [("bits", 1), ("bits", 9), ("group", 0), ("steps", 0)])
+@pytest.mark.parametrize(("option", "value"), [("bits", 1), ("bits", 9), ("group", -1), ("steps", 0)])
 def test_options_out_of_range(option: str, value: int) -> None:
     with pytest.raises(OptionError, match=f"option {option} of pass awq"):
         parse(f"awq{{{option}={value}}}")

@@ -103,46 +103,83 @@ class Discovery:
         raise InvariantError(f"there is no {kind} group", where=site, why=why, fix="fold scales before other changes")
 
 
-def annotate(program: Program, group: EquivGroup, s: Tensor, by: str) -> None:
-    """Leave scales on a group for `fold`; scales already there are replaced.
+def annotate(program: Program, group: EquivGroup, s: Tensor, by: str, shift: Tensor | None = None) -> None:
+    """Leave scales, and a shift, on a group for `fold`; what is already there is replaced.
 
-    s: [size], finite and nonzero, positive unless the group supports signs; raises InvariantError otherwise.
+    s, shift: [size], finite; s nonzero, positive unless the group supports signs; a shift only where it is supported.
+    The value between sources and sinks becomes (x - shift) / s. Raises InvariantError otherwise.
     """
+    check_scales(group, s, by)
+    tensors = {"param": s}
+    if shift is not None:
+        check_shift(group, shift, by)
+        tensors["shift"] = shift
+    record = {"kind": group.kind, "site": group.site}
+    old = [r for r in program.attributes.get(RECORDS, []) if r["site"] == group.site]
+    held = set(program.attributes.get(HELD, [])) - {r[key] for r in old for key in ("param", "shift") if key in r}
+    for key, tensor in tensors.items():
+        record[key] = f"{'scales' if key == 'param' else 'shifts'}.{group.site}"
+        program.params.put(record[key], tensor, by)
+    others = [r for r in program.attributes.get(RECORDS, []) if r["site"] != group.site]
+    program.attributes[RECORDS] = [*others, record]
+    program.attributes[HELD] = sorted({*held, *(record[key] for key in tensors)})
+    program.version += 1
+
+
+def check_scales(group: EquivGroup, s: Tensor, by: str) -> None:
+    """Raise InvariantError for scales under which a group is not exact."""
     if tuple(s.shape) != (group.size,):
         raise InvariantError(f"{by} gave scales {tuple(s.shape)} to a group of {group.size}", where=group.site)
     if not bool(torch.isfinite(s).all()) or bool((s == 0).any()):
         raise InvariantError(f"{by} gave scales that are zero, infinite or NaN", where=group.site)
     if "sign" not in group.supports and bool((s < 0).any()):
         raise InvariantError(f"{by} gave negative scales to a group that is exact for positive ones", where=group.site)
-    name = f"scales.{group.site}"
-    program.params.put(name, s, by)
-    record = {"kind": group.kind, "site": group.site, "param": name}
-    others = [r for r in program.attributes.get(RECORDS, []) if r["param"] != name]
-    program.attributes[RECORDS] = [*others, record]
-    program.attributes[HELD] = sorted({*program.attributes.get(HELD, []), name})
-    program.version += 1
 
 
-def recorded(program: Program) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield kind, site and float64 scales of every record; raises InvariantError when the scales are gone."""
+def check_shift(group: EquivGroup, shift: Tensor, by: str) -> None:
+    """Raise InvariantError for a shift under which a group is not exact."""
+    if "shift" not in group.supports:
+        raise InvariantError(f"{by} gave a shift to a group that is not exact under one", where=group.site)
+    if tuple(shift.shape) != (group.size,) or not bool(torch.isfinite(shift).all()):
+        raise InvariantError(
+            f"{by} gave a group of {group.size} a shift of another size or not finite", where=group.site
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Scales, and a shift or None, that a pass left on a group: float64 [size]."""
+
+    kind: str
+    site: str
+    scales: Tensor
+    shift: Tensor | None
+
+
+def recorded(program: Program) -> Iterator[Recorded]:
+    """Yield every record; raises InvariantError when its scales or shift are gone."""
     records: list[dict[str, Any]] = program.attributes.get(RECORDS, [])
     for record in records:
-        if record["param"] not in program.params:
-            raise InvariantError(
-                f"the scales @{record['param']} are gone",
-                where=record["site"],
-                why="a pass between the one that left them and fold dropped them from the store",
-                fix="run fold directly after the passes that leave scales",
-            )
-        yield record["kind"], record["site"], program.params.get(record["param"]).double()
+        names = [record[key] for key in ("param", "shift") if key in record]
+        for name in names:
+            if name not in program.params:
+                raise InvariantError(
+                    f"the {name.partition('.')[0]} @{name} are gone",
+                    where=record["site"],
+                    why="a pass between the one that left them and fold dropped them from the store",
+                    fix="run fold directly after the passes that leave scales",
+                )
+        s, *shift = (program.params.get(name).double() for name in names)
+        yield Recorded(record["kind"], record["site"], s, shift[0] if shift else None)
 
 
 def clear(program: Program) -> None:
     """Remove all records and their scales."""
     records = program.attributes.pop(RECORDS, [])
-    held = set(program.attributes.pop(HELD, [])) - {record["param"] for record in records}
+    left = [record[key] for record in records for key in ("param", "shift") if key in record]
+    held = set(program.attributes.pop(HELD, [])) - set(left)
     if held:
         program.attributes[HELD] = sorted(held)
-    for record in records:
-        program.params.drop(record["param"])
+    for name in left:
+        program.params.drop(name)
         program.version += 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from ir.errors import UsageError
 from passes.quantize.hessian import PreparedHessian, prepare
 from passes.quantize.order import Span, group_order, lazy_blocks
-from passes.quantize.uniform import UniformCodes, rtn, searched
+from passes.quantize.uniform import UniformCodes, ranges, rtn, searched, within
 
 Order = Literal["groups", "inputs", "stored"]
 
@@ -37,8 +37,13 @@ class GptqSpec:
     search: bool
     damp: float
 
-    def levels(self, weight: Tensor, group: int, curvature: Tensor | None) -> UniformCodes:
+    def levels(
+        self, weight: Tensor, group: int, curvature: Tensor | None, shares: Tensor | None = None
+    ) -> UniformCodes:
         """Return a weight rounded by itself, for the levels of its groups; curvature: [K], or None for all alike."""
+        if shares is not None:
+            low, high = ranges(weight.float(), group)
+            return within(weight, shares[1] * low, shares[0] * high, self.bits, group, self.symmetric, self.terms)
         if self.search:
             return searched(weight, self.bits, group, self.symmetric, self.terms, curvature)
         return rtn(weight, self.bits, group, self.symmetric, self.terms)
@@ -63,11 +68,20 @@ class _Loop:
         self.zeros[start : start + len(columns)] = levels.zeros.double().T[groups]
 
 
-def gptq(weight: Tensor, hessian: Tensor | None, spec: GptqSpec, *, tokens: int = 0, site: str = "") -> UniformCodes:
+def gptq(
+    weight: Tensor,
+    hessian: Tensor | None,
+    spec: GptqSpec,
+    *,
+    shares: Tensor | None = None,
+    tokens: int = 0,
+    site: str = "",
+) -> UniformCodes:
     """Return codes of a weight [N, K] that make tr(E H E^T) small, E = weight - decoded weight.
 
     hessian: Gram matrix [K, K] of the inputs, of any positive scale, or None for rounding without data; an input that
-    was always zero is rounded as a weight of zero. tokens, site: for messages. Rows are independent of each other.
+    was always zero is rounded as a weight of zero. shares: [2, N, G], of the greatest and the least weight of each
+    group, within which its levels lie, in place of a search. tokens, site: for messages. Rows are independent.
     Raises UsageError for a weight that is not a finite matrix or a Hessian of another size, UnsupportedError for one
     that cannot be factored.
     """
@@ -75,7 +89,7 @@ def gptq(weight: Tensor, hessian: Tensor | None, spec: GptqSpec, *, tokens: int 
         raise UsageError("the weight must be a finite matrix", where=site, why=f"its shape is {list(weight.shape)}")
     inputs = weight.shape[1]
     if hessian is None:
-        return spec.levels(weight, min(spec.group, inputs), None)
+        return spec.levels(weight, min(spec.group, inputs), None, shares)
     if hessian.shape != (inputs, inputs):
         raise UsageError(f"a Hessian of {inputs} inputs is needed", where=site, why=f"it is {list(hessian.shape)}")
     group = min(spec.group, inputs)
@@ -83,7 +97,7 @@ def gptq(weight: Tensor, hessian: Tensor | None, spec: GptqSpec, *, tokens: int 
     prepared = prepare(hessian[columns][:, columns], spec.damp, tokens=tokens, site=site)
     rest = weight.double()[:, columns].masked_fill(prepared.dead, 0.0).T.contiguous()
     loop = _Loop(rest, torch.empty_like(rest), torch.empty_like(rest), torch.empty(rest.shape, dtype=torch.uint8))
-    levels = list(_round(loop, weight, columns, spans, prepared, spec))
+    levels = list(_round(loop, weight, columns, spans, prepared, spec, shares))
     stored = torch.empty_like(loop.codes.T)
     stored[:, columns] = loop.codes.T
     if spec.order == "inputs":
@@ -101,14 +115,20 @@ def _order(diagonal: Tensor, group: int, order: Order) -> tuple[Tensor, tuple[Sp
 
 
 def _round(
-    loop: _Loop, weight: Tensor, columns: Tensor, spans: tuple[Span, ...], prepared: PreparedHessian, spec: GptqSpec
+    loop: _Loop,
+    weight: Tensor,
+    columns: Tensor,
+    spans: tuple[Span, ...],
+    prepared: PreparedHessian,
+    spec: GptqSpec,
+    shares: Tensor | None,
 ) -> Iterator[UniformCodes]:
     """Round all inputs, and yield the levels as they are laid: once for all groups, or group by group."""
     upper, curvature = prepared.upper, prepared.matrix.diagonal()
     if spec.order == "inputs":
         stored = torch.empty_like(curvature)
         stored[columns] = curvature
-        levels = spec.levels(weight, spans[0].end, stored)
+        levels = spec.levels(weight, spans[0].end, stored, shares)
         loop.lay(0, levels, columns)
         yield levels
     for block in lazy_blocks(spans):
@@ -117,7 +137,8 @@ def _round(
         for span in block:
             s, e = span.start, span.end
             if spec.order != "inputs":
-                levels = spec.levels(loop.rest[s:e].T, e - s, curvature[s:e])
+                own = None if shares is None else shares[:, :, span.group, None]
+                levels = spec.levels(loop.rest[s:e].T, e - s, curvature[s:e], own)
                 loop.lay(s, levels, torch.arange(e - s))
                 yield levels
             for j in range(s, e):
