@@ -24,7 +24,7 @@ from passes.sites import check_group, check_skip, choose_sites, figures, outside
 from passes.smooth import Site
 from passes.solved import Solved, put_solved, restore_solved, save_solved
 from passes.stream import Callback, Step, split_rows, walk
-from passes.training.loop import Outcome, Recipe, train
+from passes.training.loop import Outcome, Recipe, judge, train
 from passes.training.loss import plain_loss, token_loss
 from passes.training.transforms import Transforms, drop_ones, transforms
 from passes.widths import width_of
@@ -61,7 +61,7 @@ class Omniquant(Pass):
     )
     epochs: int = field(default=10, metadata={"help": "times every sample is trained on"})
     batch: int = field(default=2, metadata={"help": "samples a step"})
-    clip_rate: float = field(default=1e-2, metadata={"help": "learning rate of the strengths of clipping"})
+    clip_rate: float = field(default=5e-2, metadata={"help": "learning rate of the strengths of clipping"})
     scale_rate: float = field(default=5e-3, metadata={"help": "learning rate of scales and shifts"})
     last_rate: float = field(default=0.05, metadata={"help": "share of the rates at the end of their cosine"})
     loss: Literal["token", "plain"] = field(
@@ -173,21 +173,32 @@ class _Problem:
 
         scales: of each group at the start, by site.
         """
-        outcome = self._train(self._start(scales))
-        state, block = outcome.state, self.walked.block
-        for event in outcome.events:
-            self.ctx.log.note(f"{block.path or f'block {block.index}'}: {event}")
-        self.ctx.log.report(
-            site=block.path or f"block {block.index}",
-            loss_before=outcome.before, loss_after=outcome.after, epochs=float(outcome.epochs),
-        )  # fmt: skip
+        targets = [self.walked.float_exits()]
+        if self.how.second:
+            targets.append(self.walked.original_exits())
+        outcome = self._train(self._start(scales), targets)
+        state = outcome.state
         with torch.no_grad():
             floats = self._transformed(state)
         for name, tensor in floats.items():
             self.program.params.put(name, tensor, self.how.name)
         drop_ones(self.program, self.parts, self.how.name)
         coded = {site.weight for site in self.sites}
-        return {n: t for n, t in floats.items() if n not in coded and n in self.program.params}, self._code(state)
+        kept = {n: t for n, t in floats.items() if n not in coded and n in self.program.params}
+        solved = self._code(state)
+        self._report(outcome, targets)
+        return kept, solved
+
+    def _report(self, outcome: Outcome, targets: list[list[Tensor]]) -> None:
+        """Report the block's loss at the start, after training and as it is stored, and what happened on the way."""
+        block, stored = self.walked.block, self.walked.function(())
+        name = block.path or f"block {block.index}"
+        found = judge({}, lambda _, batch: self._measure(stored({}, batch), targets, batch), stored.batches)
+        stored.release()
+        for event in outcome.events:
+            self.ctx.log.note(f"{name}: {event}")
+        figures = {"loss_before": outcome.before, "loss_after": outcome.after, "loss_stored": found}
+        self.ctx.log.report(site=name, **figures, epochs=float(outcome.epochs))
 
     def _start(self, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors to learn at their start, float32: logs of scales, shifts, strengths of clipping."""
@@ -248,17 +259,15 @@ class _Problem:
             )
         return found
 
-    def _train(self, start: dict[str, Tensor]) -> Outcome:
-        targets = [self.walked.float_exits()]
-        if self.how.second:
-            targets.append(self.walked.original_exits())
+    def _measure(self, found: Tensor, targets: list[list[Tensor]], batch: int) -> Tensor:
         measure = token_loss if self.how.loss == "token" else plain_loss
+        return sum((measure(found, target[batch]) for target in targets), torch.zeros(()))
+
+    def _train(self, start: dict[str, Tensor], targets: list[list[Tensor]]) -> Outcome:
         block = self.walked.function(tuple(self.originals))
 
         def loss(state: Mapping[str, Tensor], batch: int) -> Tensor:
-            found = block(self._effective(state), batch)
-            total = measure(found, targets[0][batch])
-            return total if len(targets) == 1 else total + measure(found, targets[1][batch])
+            return self._measure(block(self._effective(state), batch), targets, batch)
 
         rates = {name: self.how.clip_rate if name.startswith("clip:") else self.how.scale_rate for name in start}
         recipe = Recipe(self.how.epochs, self.how.last_rate)

@@ -9,6 +9,7 @@ from ir.edit import Editor
 from ir.program import Program, is_call, tensor_type_of
 from passes.equiv.constants import constant_value
 from passes.equiv.producers import bias_of, gain_of
+from passes.equiv.rules import offset_after
 
 aten = torch.ops.aten
 
@@ -90,4 +91,4 @@ def _is_own(program: Program, reader: fx.Node, operand: fx.Node) -> bool:
     if operand.op != "get_attr":
         return False
     readers = [u for n in program.param_nodes() if n.target == operand.target for u in n.users]
-    return readers == [reader]
+    return readers in ([reader], [offset_after(reader)])

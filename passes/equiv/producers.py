@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ir.overloads import packet_of
 from ir.program import Program, is_call
-from passes.equiv.rules import CASTS, LINEARS, MOVES, NORMS, RULES
+from passes.equiv.rules import CASTS, LINEARS, MOVES, NORMS, RULES, offset_after
 from passes.equiv.walk import UNSCALED, Blocked, Walk
 
 aten, nomul = torch.ops.aten, torch.ops.nomul
@@ -90,9 +90,12 @@ def gain_of(norm: fx.Node) -> fx.Node | None:
 
 
 def bias_of(node: fx.Node) -> fx.Node | None:
-    """Return the bias of a linear or the offset of a layer norm; other calls have none."""
+    """Return the bias of a linear or the offset of a norm, added behind it for an RMS norm; others have none."""
     if is_call(node, aten.linear):
         return _operand(node, 2, "bias")
+    if is_call(node, aten.rms_norm):
+        added = offset_after(node)
+        return None if added is None else _operand(added, 1, "other")
     return _operand(node, 3, "bias") if is_call(node, aten.layer_norm) else None
 
 

@@ -116,8 +116,20 @@ def _multiply(walk: Walk, node: fx.Node) -> Labels:
     return carrier.expand(walk.shape(node))
 
 
+def offset_after(norm: object) -> fx.Node | None:
+    """Return the addition that gives an RMS norm an offset: its one reader, of a parameter that nothing else reads."""
+    if not is_call(norm, aten.rms_norm) or len(norm.users) != 1:  # type: ignore[attr-defined]
+        return None
+    (reader,) = norm.users  # type: ignore[attr-defined]
+    offset = reader.args[1] if is_call(reader, aten.add) and reader.args[0] is norm else None
+    own = isinstance(offset, fx.Node) and offset.op == "get_attr" and list(offset.users) == [reader]
+    return reader if own else None
+
+
 @_rule([aten.add, aten.sub])
-def _add(walk: Walk, node: fx.Node) -> Labels:
+def _add(walk: Walk, node: fx.Node) -> Labels | None:
+    if offset_after(node.args[0]) is node:
+        return walk.labels(node.args[0])
     if not all(isinstance(value, fx.Node) for value in node.args[:2]):
         raise Blocked(f"{node.name} adds a constant to the scaled value")
     a, b = (walk.labels_or_unscaled(value) for value in node.args[:2])  # type: ignore[arg-type]

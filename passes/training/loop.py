@@ -96,9 +96,9 @@ def train(
     step: called after every epoch. The order of batches depends on `seed` alone. A loss or gradient that is not finite,
     and a judged loss twice the best one, send training back to the best state.
     """
-    trained, judged = split(batches)
+    trained, _ = split(batches)
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
-    before = _judge(leaves, loss, judged)
+    before = judge(leaves, loss, batches)
     least = before if math.isfinite(before) else math.inf
     run = _Run(leaves, rates, {n: t.detach().clone() for n, t in start.items()}, least)
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +106,7 @@ def train(
     for epoch in range(recipe.epochs):
         order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
         why = _epoch(run, loss, order, recipe, epoch * len(trained) / steps, steps)
-        after = _judge(leaves, loss, judged) if not why else math.nan
+        after = judge(leaves, loss, batches) if not why else math.nan
         done += 1
         step()
         if not why and after < run.least:
@@ -150,9 +150,11 @@ def _rate(done: float, last: float) -> float:
     return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
 
 
-def _judge(state: Mapping[str, Tensor], loss: Loss, batches: Sequence[int]) -> float:
+def judge(state: Mapping[str, Tensor], loss: Loss, batches: int) -> float:
+    """Return the mean loss of a state on the batches kept for judging, of `batches` in all."""
+    judged = split(batches)[1]
     with torch.no_grad():
-        return sum(float(loss(state, batch)) for batch in batches) / max(1, len(batches))
+        return sum(float(loss(state, batch)) for batch in judged) / max(1, len(judged))
 
 
 def _gradient_norm(leaves: Mapping[str, Tensor]) -> float:

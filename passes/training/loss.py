@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Tokens weaker than this share of the mean energy are not weighed up further.
+# Tokens weaker than this share of the median energy are not weighed up further; a mean would follow massive tokens.
 _FLOOR = 1e-3
 
 
@@ -16,8 +16,8 @@ def token_loss(found: Tensor, target: Tensor) -> Tensor:
     all the energy of a sequence; the norm that reads a residual stream sees every token at the same size.
     """
     energy = target.square().mean(-1)
-    floor = _FLOOR * energy.mean().clamp(min=torch.finfo(energy.dtype).tiny)
-    loss: Tensor = ((found - target).square().mean(-1) / energy.clamp(min=floor)).mean()
+    floor = (_FLOOR * energy.median()).clamp(min=torch.finfo(energy.dtype).tiny)
+    loss: Tensor = ((found - target).square().mean(-1) / torch.maximum(energy, floor)).mean()
     return loss
 
 
