@@ -24,6 +24,7 @@ _BUILT_IN = {
     "rtn": "passes.rtn:Rtn",
     "gptq": "passes.gptq:Gptq",
     "omniquant": "passes.omniquant:Omniquant",
+    "tune-scales": "passes.tune_scales:TuneScales",
     "to-shiftadd": "passes.to_shiftadd:ToShiftadd",
 }
 

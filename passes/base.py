@@ -38,11 +38,13 @@ class Stage(IntEnum):
 class Calib:
     """Which activations a pass wants to see, block by block, and whether it differentiates through the block.
 
-    stream: `float` is the model as it came, `compressed` the model with all earlier blocks already compressed.
+    stream: `float` is the model as it came, `compressed` the model with all earlier blocks already compressed;
+    original: the float stream is that of the program before an earlier pass coded its weights (`Context.original`).
     """
 
     stream: Literal["float", "compressed", "both"]
     gradients: bool = False
+    original: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class Context:
     strict: whether a site that a pass skips is an error.
     precision: of the matrix products that carry calibration; bfloat16 rounds their inputs and adds in float32.
     following: the passes that will run after this one, in order.
+    original: the program as it was before a pass of this run first coded weights; None where no pass wants it, or where
+    the run began with coded weights.
     """
 
     seed: int = 0
@@ -164,6 +168,7 @@ class Context:
     strict: bool = False
     precision: Precision = "float32"
     following: tuple[Pass, ...] = ()
+    original: Program | None = None
 
 
 @dataclass(frozen=True)

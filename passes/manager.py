@@ -48,11 +48,15 @@ class Settings:
 
 @dataclass
 class _Run:
-    """State handed along a pipeline: the last probe is reused while the program has not changed."""
+    """State handed along a pipeline: the last probe is reused while the program has not changed.
+
+    original: the program before the first pass that codes weights, where a later pass wants it.
+    """
 
     probe: Probe | None = None
     probed: tuple[int, int] = (-1, -1)
     reports: list[PassReport] = field(default_factory=list)
+    original: Program | None = None
 
 
 def run_pipeline(
@@ -79,7 +83,10 @@ def run_pipeline(
         before = dump(program) if settings.folder is not None else ""
         try:
             following = tuple(Pipeline(pipeline.items[index + 1 :]).passes())
-            report = _run_one(program, item.pass_, replace(ctx, following=following), settings, state, index)
+            if _codes_first(program, item.pass_) and any(_wants_original(pass_) for pass_ in following):
+                state.original = program.clone()
+            own = replace(ctx, following=following, original=state.original)
+            report = _run_one(program, item.pass_, own, settings, state, index)
         except Exception as error:
             if settings.folder is not None and not _outside_fault(error):
                 # What went wrong must be heard even where the folder cannot be written.
@@ -91,6 +98,15 @@ def run_pipeline(
         _dump(program, settings, "each", index + 1, item.pass_.name)
     _dump(program, settings, "after", len(state.reports), "after")
     return tuple(state.reports)
+
+
+def _codes_first(program: Program, pass_: Pass) -> bool:
+    return program.level == "model" and pass_.level[1] != "model"
+
+
+def _wants_original(pass_: Pass) -> bool:
+    calib = pass_.needs()
+    return calib is not None and calib.original
 
 
 def _run_one(program: Program, pass_: Pass, ctx: Context, settings: Settings, state: _Run, index: int) -> PassReport:

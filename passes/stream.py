@@ -141,11 +141,18 @@ class Step:
         return list(_exits(flow, self._float_block))
 
 
-def walk(program: Program, ctx: Context, stream: Literal["float", "compressed", "both"], label: str) -> Iterator[Step]:
+def walk(
+    program: Program,
+    ctx: Context,
+    stream: Literal["float", "compressed", "both"],
+    label: str,
+    original: Program | None = None,
+) -> Iterator[Step]:
     """Yield the blocks in order; when the caller comes back for the next, the streams have moved on.
 
     The compressed stream moves by running the block as the caller left it. The float stream runs a copy taken at the
-    start. Raises UsageError without calibration batches, UnsupportedError for a program without blocks.
+    start, of `original` where one is given: the same model before its weights were coded. Raises UsageError without
+    calibration batches, UnsupportedError for a program without blocks.
     """
     plan = layout(program)
     if not plan.blocks:
@@ -159,8 +166,8 @@ def walk(program: Program, ctx: Context, stream: Literal["float", "compressed", 
     compressed = _start(program, plan, batches, ctx.precision) if stream != "float" else None
     floating = None
     if stream != "compressed":
-        original = program.clone()
-        floating = _start(original, layout(original), batches, ctx.precision)
+        copy = (original or program).clone()
+        floating = _start(copy, layout(copy), batches, ctx.precision)
     step = ctx.log.progress(len(plan.blocks), label)
     for block in plan.blocks:
         float_block = floating.plan.blocks[block.index] if floating is not None else None

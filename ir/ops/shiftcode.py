@@ -45,6 +45,7 @@ __all__ = [
     "leading_exponent",
     "plane_scales",
     "power_of_two",
+    "rescaled",
     "round_power_terms",
     "take_rows",
 ]
@@ -221,6 +222,18 @@ def encode_uniform(
     packed, _, exponents = _encode_scales(scales.abs() if terms else scales, None, terms)
     points = None if zeros is None else pack_bits(zeros, bits)
     return ShiftCodes(planes, packed, exponents, points, group, terms, inputs, row_group, "uniform")
+
+
+def rescaled(codes: ShiftCodes, alpha: Tensor, offset: Tensor | None) -> ShiftCodes:
+    """Return codes with other scales [tiles, G, S], none negative, and offsets [tiles, G], rounded as `encode` does.
+
+    Of uniform codes the zero points stay and `offset` is None.
+    """
+    if codes.code == "uniform":
+        packed, _, exponents = _encode_scales(alpha.double().flatten(1), None, codes.terms)
+        return replace(codes, scales=packed, exponents=exponents)
+    packed, offsets, exponents = _encode_scales(alpha.double().flatten(1), offset, codes.terms)
+    return replace(codes, scales=packed, exponents=exponents, offsets=offsets)
 
 
 def _encode_scales(scales: Tensor, offset: Tensor | None, terms: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
