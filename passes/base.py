@@ -135,6 +135,14 @@ class Log:
         self.notes.append(row)
         self.listener(row)
 
+    def mark(self) -> tuple[int, int, int]:
+        """Return where the log stands, for `since`."""
+        return len(self.reports), len(self.diagnostics), len(self.notes)
+
+    def since(self, mark: tuple[int, int, int]) -> list[Event]:
+        """Return what was recorded after a mark, reports first, then sites left alone, then notes."""
+        return [*self.reports[mark[0] :], *self.diagnostics[mark[1] :], *self.notes[mark[2] :]]
+
     def progress(self, total: int, label: str) -> Callable[[], None]:
         """Announce `total` equal steps and return the function to call after each of them."""
         done = 0

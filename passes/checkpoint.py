@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ir.artifact import write_safetensors
 from ir.params import SafetensorsSource
 from ir.types import tensor_type
+from passes.base import Event, Log
 
 
 def save_block(work: Path | None, index: int, tensors: dict[str, Tensor], facts: dict[str, object]) -> None:
@@ -39,3 +43,19 @@ def load_block(work: Path | None, index: int) -> tuple[dict[str, Tensor], dict[s
     source = SafetensorsSource(stem.with_suffix(".safetensors"))
     facts: dict[str, object] = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     return {name: source.load(name) for name in source.names()}, facts
+
+
+def as_json(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return what a log recorded in a form that JSON holds."""
+    return [{"kind": type(event).__name__, **asdict(event)} for event in events]
+
+
+def replay(log: Log, events: Any) -> None:
+    """Record again what `as_json` kept."""
+    for event in events:
+        if event["kind"] == "SiteReport":
+            log.report(site=event["site"], **event["figures"])
+        elif event["kind"] == "Diagnostic":
+            log.skip(event["site"], event["reason"], event["asked"])
+        else:
+            log.note(event["text"])

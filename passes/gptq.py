@@ -100,7 +100,7 @@ class Gptq(Pass):
         for walked in walk(program, ctx, "both" if self._both else "compressed", self.name):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
             if not restore_solved(program, sites, self.name, ctx, walked.block.index):
-                save_solved(ctx, walked.block.index, self.round_block(program, walked, sites, ctx))
+                save_solved(ctx, walked.block.index, self.round_block(program, walked, sites, ctx, self.name))
 
     def round_block(
         self,
@@ -108,18 +108,19 @@ class Gptq(Pass):
         walked: Step,
         sites: list[LinearSite],
         ctx: Context,
+        by: str,
         shares: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Solved]:
         """Round a block's sites on the second moments of their inputs; return them by the node's name.
 
-        shares: of each site's ranges, by the node's name, as `passes.quantize.gptq.gptq` takes them.
+        by: the pass it is done for; shares: of each site's ranges, by the node's name, as `passes.quantize.gptq.gptq` takes them.
         """
         solved: dict[str, Solved] = {}
         for group, known in moments_of(walked, sibling_sites(sites), self._both, self.sequential):
             for site in group:
                 own = None if shares is None else shares[site.node.name]
                 row = solved[site.node.name] = self._fit(program, site, known, own)
-                put_solved(program, row, self.name, ctx)
+                put_solved(program, row, by, ctx)
         return solved
 
     def _fit(self, program: Program, site: LinearSite, moments: Moments, shares: Tensor | None) -> Solved:

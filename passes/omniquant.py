@@ -22,11 +22,12 @@ from passes.quantize.uniform import best_shares, packed, packed_bytes
 from passes.scale_search import SearchSpec, reads, search_block
 from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, weights_of
 from passes.smooth import Site
-from passes.solved import Solved, put_solved, restore_solved, save_solved
+from passes.solved import Solved, put_solved, restore_floats, restore_solved, save_solved
 from passes.stream import Callback, Step, split_rows, walk
+from passes.training.events import block_name, report_outcome
 from passes.training.loop import Outcome, Recipe, judge, train
 from passes.training.loss import plain_loss, token_loss
-from passes.training.transforms import Transforms, drop_ones, transforms
+from passes.training.transforms import Transforms, drop_idle, transforms
 from passes.widths import width_of
 
 # The widest open that strengths start: a share of 0.9975 of the range.
@@ -111,21 +112,28 @@ class Omniquant(Pass):
         rows = replace(ctx, calibration=split_rows(ctx, self.batch))
         for walked in walk(program, rows, "both", self.name):
             groups = _inside(found.of(*self.sites), walked.block)
-            sites = choose_sites(program, walked.block.nodes, self.skip, Context())
-            done = has_block(ctx.work, walked.block.index)
+            done, mark = has_block(ctx.work, walked.block.index), ctx.log.mark()
             scales = {} if done else self._searched(program, groups, walked, ctx)
             parts = transforms(program, groups, self.shift, self.name)
             if done:
-                restore_solved(program, sites, self.name, ctx, walked.block.index)
-                drop_ones(program, parts, self.name)
+                self._restore(program, parts, walked.block, ctx)
                 continue
-            floats, solved = _Problem(self, program, walked, sites, parts, ctx).solve(scales)
-            save_solved(ctx, walked.block.index, solved, floats)
+            floats, solved = _Problem(self, program, walked, parts, ctx).solve(scales)
+            save_solved(ctx, walked.block.index, solved, floats, ctx.log.since(mark))
+
+    def _restore(self, program: Program, parts: Transforms, block: Block, ctx: Context) -> None:
+        """Put what an earlier run made of a block in place."""
+        restore_floats(program, self.name, ctx, block.index)
+        drop_idle(program, parts, self.name)
+        sites = choose_sites(program, block.nodes, self.skip, Context())
+        restore_solved(program, sites, self.name, ctx, block.index)
 
     def _searched(
         self, program: Program, groups: Sequence[EquivGroup], walked: Step, ctx: Context
     ) -> dict[str, Tensor]:
         """Return the scales that training starts from, float64 by site."""
+        for site in choose_sites(program, walked.block.nodes, self.skip, Context()):
+            weights_of(program, [site], self.name)
         scales = {group.site: torch.ones(group.size, dtype=torch.float64) for group in groups}
         read = [group for group in groups if reads(group, walked.block)]
         if self.init == "awq" and read:
@@ -157,16 +165,17 @@ class _Problem:
     how: Omniquant
     program: Program
     walked: Step
-    sites: list[LinearSite]
     parts: Transforms
     ctx: Context
 
     def __post_init__(self) -> None:
-        for site in self.sites:
-            weights_of(self.program, [site], self.how.name)
+        self.sites = self._sites()
         names = dict.fromkeys((*self.parts.names, *(site.weight for site in self.sites)))
         self.originals = {name: self.program.params.get(name) for name in names}
         self.widths = {site.node.name: width_of(self.program, site, self.how.bits) for site in self.sites}
+
+    def _sites(self) -> list[LinearSite]:
+        return choose_sites(self.program, self.walked.block.nodes, self.how.skip, Context())
 
     def solve(self, scales: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Solved]]:
         """Train the block and put the result in place; return what stays float, by name, and the codes, by node.
@@ -180,23 +189,28 @@ class _Problem:
         state = outcome.state
         with torch.no_grad():
             floats = self._transformed(state)
-        for name, tensor in floats.items():
-            self.program.params.put(name, tensor, self.how.name)
-        drop_ones(self.program, self.parts, self.how.name)
+        if self.how.rounding == "gptq":  # it compares values inside the block, which must be the same on both sides
+            transforms(self.walked.original, self.parts.groups, self.how.shift, self.how.name)
+            self._put(self.walked.original, floats)
+        self._put(self.program, floats)
+        drop_idle(self.program, self.parts, self.how.name)
         coded = {site.weight for site in self.sites}
-        kept = {n: t for n, t in floats.items() if n not in coded and n in self.program.params}
+        self.sites = self._sites()
         solved = self._code(state)
         self._report(outcome, targets)
-        return kept, solved
+        return {name: tensor for name, tensor in floats.items() if name not in coded}, solved
+
+    def _put(self, program: Program, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            program.params.put(name, tensor, self.how.name)
 
     def _report(self, outcome: Outcome, targets: list[list[Tensor]]) -> None:
         """Report the block's loss at the start, after training and as it is stored, and what happened on the way."""
         block, stored = self.walked.block, self.walked.function(())
-        name = block.path or f"block {block.index}"
+        name = block_name(block)
         found = judge({}, lambda _, batch: self._measure(stored({}, batch), targets, batch), stored.batches)
         stored.release()
-        for event in outcome.events:
-            self.ctx.log.note(f"{name}: {event}")
+        report_outcome(self.ctx, name, outcome)
         figures = {"loss_before": outcome.before, "loss_after": outcome.after, "loss_stored": found}
         self.ctx.log.report(site=name, **figures, epochs=float(outcome.epochs))
 
@@ -281,7 +295,7 @@ class _Problem:
         if self.how.rounding == "gptq":
             shares = {s.node.name: torch.sigmoid(state[f"clip:{s.node.name}"]) for s in self.sites}
             fit = Gptq(self.how.bits, self.how.group, self.how.symmetric, skip=self.how.skip)
-            return fit.round_block(self.program, self.walked, self.sites, self.ctx, shares)
+            return fit.round_block(self.program, self.walked, self.sites, self.ctx, self.how.name, shares)
         solved: dict[str, Solved] = {}
         for site in self.sites:
             node, weight = site.node.name, self.program.params.get(site.weight)

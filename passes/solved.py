@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,13 +13,15 @@ from ir.ops.nested import NestedCodes
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.program import Program
-from passes.base import Context
-from passes.checkpoint import load_block, save_block
+from passes.base import Context, Event
+from passes.checkpoint import as_json, load_block, replay, save_block
 from passes.sites import put_nested_codes, put_quant_codes, put_shift_codes
 
 Codes = ShiftCodes | NestedCodes | QuantCodes
 # Before the names of parameters that stay float, in a finished block's file.
 _FLOAT = "float:"
+# The key of what a pass recorded of a block, beside those of its nodes.
+_SAID = "said:"
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (ShiftCodes, NestedCodes, QuantCodes)}
 
 
@@ -35,31 +37,48 @@ class Solved:
 
 def put_solved(program: Program, row: Solved, pass_name: str, ctx: Context) -> None:
     """Put a site's codes in place of its weight and report them; pass_name: of the pass, for the program's record."""
+    _put_codes(program, row, pass_name)
+    if row.fallback:
+        ctx.log.skip(row.site.name, row.fallback)
+    ctx.log.report(site=row.site.name, **row.figures)
+
+
+def _put_codes(program: Program, row: Solved, pass_name: str) -> None:
     if isinstance(row.codes, NestedCodes):
         put_nested_codes(program, row.site, row.codes, pass_name)
     elif isinstance(row.codes, QuantCodes):
         put_quant_codes(program, row.site, row.codes, pass_name)
     else:
         put_shift_codes(program, row.site, row.codes, pass_name)
-    if row.fallback:
-        ctx.log.skip(row.site.name, row.fallback)
-    ctx.log.report(site=row.site.name, **row.figures)
 
 
 def save_solved(
-    ctx: Context, index: int, solved: Mapping[str, Solved], floats: Mapping[str, Tensor] | None = None
+    ctx: Context,
+    index: int,
+    solved: Mapping[str, Solved],
+    floats: Mapping[str, Tensor] | None = None,
+    said: Sequence[Event] = (),
 ) -> None:
     """Keep a block's codes, by the name of the node they replaced, for a run that resumes this one.
 
-    floats: parameters that the pass changed and that stay float, by name.
+    floats: parameters that the pass changed and that stay float, by name; said: what the pass recorded of the block,
+    where that is more than its sites.
     """
     tensors: dict[str, Tensor] = {f"{_FLOAT}{name}": tensor for name, tensor in (floats or {}).items()}
-    facts: dict[str, object] = {}
+    facts: dict[str, object] = {_SAID: as_json(said)} if said else {}
     for stem, row in solved.items():
         parts, rest = _kept(row.codes)
         tensors.update({f"{stem}/{name}": tensor for name, tensor in parts.items()})
         facts[stem] = {"codes": rest, "figures": row.figures, "fallback": row.fallback}
     save_block(ctx.work, index, tensors, facts)
+
+
+def restore_floats(program: Program, pass_name: str, ctx: Context, index: int) -> None:
+    """Put the parameters of a finished block that stay float in place, as the earlier run changed them."""
+    tensors, _ = load_block(ctx.work, index) or ({}, {})
+    for name, tensor in tensors.items():
+        if name.startswith(_FLOAT):
+            program.params.put(name.removeprefix(_FLOAT), tensor, pass_name)
 
 
 def restore_solved(program: Program, sites: list[LinearSite], pass_name: str, ctx: Context, index: int) -> bool:
@@ -68,15 +87,16 @@ def restore_solved(program: Program, sites: list[LinearSite], pass_name: str, ct
     if found is None:
         return False
     tensors, facts = found
-    for name, tensor in tensors.items():
-        if name.startswith(_FLOAT):
-            program.params.put(name.removeprefix(_FLOAT), tensor, pass_name)
+    replay(ctx.log, facts.get(_SAID, []))
     for site in (site for group in sibling_sites(sites) for site in group):
         fact, stem = facts[site.node.name], f"{site.node.name}/"
         assert isinstance(fact, dict)
         parts = {name.removeprefix(stem): t for name, t in tensors.items() if name.startswith(stem)}
         row = Solved(site, _restored(parts, fact["codes"]), fact["figures"], fact["fallback"])
-        put_solved(program, row, pass_name, ctx)
+        if _SAID in facts:
+            _put_codes(program, row, pass_name)
+        else:
+            put_solved(program, row, pass_name, ctx)
     return True
 
 

@@ -94,20 +94,21 @@ class Step:
         """Hand every batch's value of nodes of the original block, by node name, to their callbacks."""
         if self._float is None or self._float_block is None:
             raise ValueError("this walk carries no float stream")
-        nodes = {node.name: node for node in (*self._float_block.nodes, self._float_block.entry)}
+        nodes = _by_name(self._float, self._float_block)
         _run(self._float, self._float_block, {nodes[name]: call for name, call in wanted.items()})
 
     def observe_pairs(self, wanted: Mapping[fx.Node, PairCallback], last: bool = True) -> None:
         """Hand every batch's value of each wanted node, on the compressed and on the float stream, to its callback.
 
         The float value is that of the node of the same name in the original block. One batch is in memory at a time.
-        last: whether the block is not observed again; the float stream then keeps what it needs to move on.
+        last: whether the block is not observed again; the float stream then keeps what it needs to move on, unless it
+        has that already.
         """
         if self._compressed is None or self._float is None or self._float_block is None:
             raise ValueError("this walk does not carry both streams")
-        nodes = {node.name: node for node in (*self._float_block.nodes, self._float_block.entry)}
+        nodes = _by_name(self._float, self._float_block)
         ours = _values(self._compressed, self.block, list(wanted))
-        after = [self._float_block.exit] if last else []
+        after = [self._float_block.exit] if last and not self._float.ready else []
         theirs = _values(self._float, self._float_block, [*(nodes[n.name] for n in wanted), *after])
         ready = []
         for compressed, original in zip(ours, theirs, strict=True):
@@ -115,7 +116,15 @@ class Step:
             with products_in(self._float.precision):
                 for call, a, b in zip(wanted.values(), compressed, original[: len(wanted)], strict=True):
                     call(a, b)
-        self._float.ready = ready
+        if after:
+            self._float.ready = ready
+
+    @property
+    def original(self) -> Program:
+        """The program of the float stream, for passes that change the basis of values inside a block on both sides."""
+        if self._float is None:
+            raise ValueError("this walk carries no float stream")
+        return self._float.program
 
     def function(self, free: Sequence[str]) -> BlockFunction:
         """Return the block as it is now, on the compressed stream, as a function of the parameters `free`."""
@@ -277,6 +286,11 @@ def _exits(flow: _Flow, block: Block) -> Iterator[Tensor]:
             found = _call(module, part, flow.values(batch, block))[0]
         yield found
     release(module)
+
+
+def _by_name(flow: _Flow, block: Block) -> dict[str, fx.Node]:
+    """Return the entry and the calls of a block as it is now, by name."""
+    return {node.name: node for node in (block.entry, *_whole(flow, block).nodes)}
 
 
 def _whole(flow: _Flow, block: Block) -> Region:

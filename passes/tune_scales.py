@@ -26,6 +26,7 @@ from passes.checkpoint import load_block, save_block
 from passes.equiv.operands import own_gain
 from passes.equiv.rules import NORMS
 from passes.stream import Step, split_rows, walk
+from passes.training.events import block_name, report_outcome
 from passes.training.loop import Outcome, Recipe, train
 from passes.training.loss import plain_loss, token_loss
 from passes.training.scales import CodedWeight, coded_weight
@@ -99,7 +100,7 @@ class TuneScales(Pass):
             else:
                 chosen.append(node)
         if not chosen:
-            ctx.log.skip(block.path or f"block {block.index}", "none of its linears is coded")
+            ctx.log.skip(block_name(block), "none of its linears is coded")
         return chosen
 
     def _skipped(self, node: fx.Node) -> bool:
@@ -125,15 +126,14 @@ class _Problem:
         """Return the parameters that training changed, by name, and the block's figures."""
         weights = {node.name: _weight(node, self.program) for node in self.nodes}
         outcome = self._train(weights)
-        block = self.walked.block
-        for event in outcome.events:
-            self.ctx.log.note(f"{block.path or f'block {block.index}'}: {event}")
-        changed = {name: self._gain(outcome.state, name) for name in self.gains}
+        name = block_name(self.walked.block)
+        report_outcome(self.ctx, name, outcome)
+        changed = {gain: self._gain(outcome.state, gain) for gain in self.gains}
         for node in self.nodes:
             codes = weights[node.name].coded(_part(outcome.state, node.name))
             changed |= _changed(node, codes, self.program)
         figures = {"loss_before": outcome.before, "loss_after": outcome.after, "epochs": float(outcome.epochs)}
-        return changed, {"site": block.path or f"block {block.index}", **figures}
+        return changed, {"site": name, **figures}
 
     def _train(self, weights: Mapping[str, CodedWeight]) -> Outcome:
         targets = self.walked.float_exits()

@@ -18,7 +18,7 @@ from passes.equiv.discover import discover
 from passes.equiv.groups import EquivGroup, annotate
 from passes.equiv.producers import bias_of
 from passes.fold import Fold
-from passes.training.transforms import drop_ones, transforms
+from passes.training.transforms import drop_idle, transforms
 from tests.architectures import doubled, ids_for, prefill_and_decode, relative_error, traced
 from tests.solver_problems import draw
 
@@ -141,7 +141,7 @@ def test_what_is_trained_is_what_is_folded(name: str, shift: bool) -> None:
     originals = {n: trained.params.get(n) for n in parts.names}
     for param, tensor in parts.apply(originals, s, shifts).items():
         trained.params.put(param, tensor, "test")
-    drop_ones(trained, parts, "test")
+    drop_idle(trained, parts, "test")
     verify(trained, full=True)
     for node in trained.calls(aten.linear, aten.rms_norm, aten.layer_norm):
         if node.name in parts.weights:

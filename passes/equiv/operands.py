@@ -81,8 +81,19 @@ def _set_bias(editor: Editor, node: fx.Node, bias: fx.Node) -> None:
     editor.set_args(node, (*head, bias, *node.args[place + 1 :]), kwargs)
 
 
+def drop_bias(editor: Editor, node: fx.Node) -> None:
+    """Remove the bias of a linear or the offset behind an RMS norm, which is then zero everywhere."""
+    added = offset_after(node)
+    if added is not None:
+        added.replace_all_uses_with(node, propagate_meta=False)
+        editor.erase(added)
+    elif is_call(node, aten.linear):
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+        editor.set_args(node, node.args[:2], kwargs)
+
+
 def _add_after(editor: Editor, node: fx.Node, bias: fx.Node) -> None:
-    added = editor.before(node.next).call(aten.add, node, bias, like=node)
+    added = editor.before(node.next).call(aten.add, node, bias, like=node, name=f"{node.name}_offset")
     node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added, propagate_meta=False)
 
 

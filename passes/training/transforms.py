@@ -11,7 +11,7 @@ from ir.edit import Editor
 from ir.program import Program, is_call
 from passes.equiv.apply import Factors
 from passes.equiv.groups import EquivGroup
-from passes.equiv.operands import drop_gain, own_bias, own_gain
+from passes.equiv.operands import drop_bias, drop_gain, own_bias, own_gain
 from passes.equiv.producers import bias_of
 from passes.equiv.rules import NORMS
 from passes.equiv.transfer import fold_linear, fold_norm
@@ -22,7 +22,7 @@ class Transforms:
     """Groups whose scales are trained, every operand they act on a parameter of its own.
 
     weights, biases: parameter names by node name; the weight of a norm is its gain. shifted: sites of the groups that
-    get a shift as well.
+    get a shift as well; norms, made: names of the nodes that are norms, and of those that had no bias before.
     """
 
     groups: tuple[EquivGroup, ...]
@@ -30,6 +30,7 @@ class Transforms:
     weights: Mapping[str, str]
     biases: Mapping[str, str]
     norms: frozenset[str]
+    made: frozenset[str]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,6 +75,7 @@ def transforms(program: Program, groups: Sequence[EquivGroup], shift: bool, by: 
     weights: dict[str, str] = {}
     biases: dict[str, str] = {}
     norms: set[str] = set()
+    made: set[str] = set()
     for group in groups:
         for slot in group.slots:
             node = program.node(slot.node)
@@ -83,14 +85,18 @@ def transforms(program: Program, groups: Sequence[EquivGroup], shift: bool, by: 
             else:
                 weights[slot.node] = slot.weight
             if slot.node not in biases and (group.site in shifted or bias_of(node) is not None):
+                made |= {slot.node} if bias_of(node) is None else set()
                 biases[slot.node] = own_bias(editor, node)
-    return Transforms(tuple(groups), shifted, weights, biases, frozenset(norms))
+    return Transforms(tuple(groups), shifted, weights, biases, frozenset(norms), frozenset(made))
 
 
-def drop_ones(program: Program, found: Transforms, by: str) -> None:
-    """Remove the gains of norms that are one everywhere."""
+def drop_idle(program: Program, found: Transforms, by: str) -> None:
+    """Remove gains of norms that are one everywhere, and the biases made for shifts that are zero everywhere."""
     editor = Editor(program, by)
     for name in found.norms:
         if bool((program.params.get(found.weights[name]) == 1).all()):
             drop_gain(editor, program.node(name))
+    for name in found.made:
+        if not bool(program.params.get(found.biases[name]).any()):
+            drop_bias(editor, program.node(name))
     editor.sweep()
