@@ -113,7 +113,7 @@ class Gptq(Pass):
     ) -> dict[str, Solved]:
         """Round a block's sites on the second moments of their inputs; return them by the node's name.
 
-        by: the pass it is done for; shares: of each site's ranges, by the node's name, as `passes.quantize.gptq.gptq` takes them.
+        by: the pass it is done for; shares: of each site's ranges, by the node's name, as `gptq` takes them.
         """
         solved: dict[str, Solved] = {}
         for group, known in moments_of(walked, sibling_sites(sites), self._both, self.sequential):
