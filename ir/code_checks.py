@@ -12,6 +12,7 @@ from ir.ops.codes import group_count, meaning, part_types
 from ir.ops.packing import packed_length
 from ir.ops.powerterms import MAX_TERMS
 from ir.rotation_checks import hadamard
+from ir.token_checks import decode_tokens, encode_tokens
 from ir.types import TensorType
 
 
@@ -174,4 +175,6 @@ CODE_CHECKS: dict[str, Check] = {
     "nomul.rope": rope,
     "nomul.grouped_linear": grouped_linear,
     "nomul.hadamard": hadamard,
+    "nomul.encode_tokens": encode_tokens,
+    "nomul.decode_tokens": decode_tokens,
 }

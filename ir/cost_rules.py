@@ -20,6 +20,7 @@ from ir.ops.nested import NestedCodes, nested_cost
 from ir.ops.quant import QuantCodes, quant_cost
 from ir.ops.shiftadd import shiftadd_cost
 from ir.ops.shiftcode import ShiftCodes
+from ir.ops.tokens import decode_cost, encode_cost
 from ir.text import FUNCTIONS
 from ir.types import TensorType
 
@@ -199,6 +200,15 @@ def _hadamard(call: Call) -> Cost:
     return hadamard_cost(_last(x), call.args["order"], _tokens(x), x.dtype.itemsize)
 
 
+def _encode_tokens(call: Call) -> Cost:
+    x = call.need("x")
+    return encode_cost(_last(x), call.args["bits"], _tokens(x), x.dtype.itemsize)
+
+
+def _decode_tokens(call: Call) -> Cost:
+    return decode_cost(call.args["width"], call.args["bits"], _tokens(call.need("rows")), call.args["dtype"].itemsize)
+
+
 def _softmax_of(n: int, rows: int) -> Cost:
     """Largest value, differences, exponentials, sums, quotients."""
     return Cost(0, 2 * n, 3 * n - 2 * rows)
@@ -356,4 +366,6 @@ RULES: dict[str, Rule] = {
     "nomul.shiftadd_linear": _shiftadd_linear,
     "nomul.nested_linear": _nested_linear,
     "nomul.hadamard": _hadamard,
+    "nomul.encode_tokens": _encode_tokens,
+    "nomul.decode_tokens": _decode_tokens,
 }

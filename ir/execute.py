@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ir.analysis import Layout, layout
-from ir.program import Program, is_call, release
+from ir.program import Program, release
 from ir.region import region
 from ir.types import ScalarType, TensorType
 
@@ -111,9 +111,10 @@ def _parts(plan: Layout) -> list[tuple[fx.Node, ...]]:
 
 
 def with_positions_in(program: Program, dtype: torch.dtype) -> Program:
-    """Return a clone whose casts from integers to float32 (positions, masks) go to `dtype`, for runs in that dtype."""
+    """Return a clone whose calls ask for `dtype` wherever they ask for float32: positions, masks, softmax, codes."""
     clone = program.clone()
     for node in clone.graph.nodes:
-        if is_call(node, aten.to) and torch.float32 in node.args:
+        if node.op == "call_function":
             node.args = tuple(dtype if a is torch.float32 else a for a in node.args)
+            node.kwargs = {key: dtype if a is torch.float32 else a for key, a in node.kwargs.items()}
     return clone

@@ -46,6 +46,9 @@ MODEL_OPS = frozenset(
     + ["nomul.rope", "nomul.grouped_linear", "nomul.hadamard"]
 )
 
+# Rounding that keeps floats: training runs it inside a block, and a finished program must hold codes in its place.
+TRAINING_OPS = frozenset(["nomul.straight_tokens"])
+
 # These carry the tag of random operators for one argument, which their own check holds to zero.
 _RANDOM_BY_ARGUMENT = frozenset(["aten.scaled_dot_product_attention"])
 
@@ -84,6 +87,9 @@ class Level:
             rule, fix = _impurity(target, name)
             if rule:
                 return about(node, "ops", rule, fix)
+        if name in TRAINING_OPS:
+            fix = "encode_tokens and decode_tokens round the same values and keep codes"
+            return about(node, "ops", f"{name} only rounds for training and must not be in a program", fix)
         if self.allows(name):
             return None
         fix = "rewrite it into allowed operators (the frontend's canonical form), or lower it in a later pass"

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ir.decode import decode_linears
 from ir.program import Program, flat_name, graph_module
+from ir.straight import pass_straight
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,11 @@ class Region:
     def function(self, free: Sequence[str]) -> nn.Module:
         """Return a module that maps values of the parameters `free`, then the inputs, to the tuple of outputs.
 
-        Coded linears are float ones in it, each with a weight of the name that `ir.decode.decoded_name` gives.
+        Coded linears are float ones in it, each with a weight of the name that `ir.decode.decoded_name` gives. It can
+        be differentiated where tokens are rounded, and then takes caches for empty.
         """
         graph = self.graph()
+        pass_straight(graph)
         decoded = decode_linears(graph, self.program.params.get, free)
         with graph.inserting_before(next(iter(graph.nodes))):
             given = {name: graph.placeholder(flat_name(name)) for name in free}

@@ -24,6 +24,8 @@ _BUILT_IN = {
     "rtn": "passes.rtn:Rtn",
     "gptq": "passes.gptq:Gptq",
     "omniquant": "passes.omniquant:Omniquant",
+    "act": "passes.act:Act",
+    "kv": "passes.kv:Kv",
     "tune-scales": "passes.tune_scales:TuneScales",
     "to-shiftadd": "passes.to_shiftadd:ToShiftadd",
 }

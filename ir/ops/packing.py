@@ -27,6 +27,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
             "a code does not fit its width", why=f"the largest is {int(codes.max())}, the width {bits} bits"
         )
     n = codes.shape[-1]
+    if 8 % bits == 0:  # codes do not cross bytes: no need to take them apart bit by bit
+        whole = torch.nn.functional.pad(codes, (0, packed_length(n, bits) * 8 // bits - n))
+        shifted: Tensor = whole.unflatten(-1, (-1, 8 // bits)) << _places(bits, codes.device)
+        return shifted.sum(-1, dtype=torch.uint8)
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     stream = ((codes.unsqueeze(-1) >> shifts) & 1).flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, packed_length(n, bits) * 8 - n * bits))
@@ -45,9 +49,17 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
             f"a stream of {n} codes of {bits} bits must be uint8 with {packed_length(n, bits)} bytes",
             why=f"it is {packed.dtype} with {packed.shape[-1]}",
         )
+    if 8 % bits == 0:
+        parts: Tensor = (packed.unsqueeze(-1) >> _places(bits, packed.device)) & (2**bits - 1)
+        return parts.flatten(-2)[..., :n]
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)
     return _join(stream[..., : n * bits].unflatten(-1, (n, bits)))
+
+
+def _places(bits: int, device: torch.device) -> Tensor:
+    """Return the places of the codes in a byte, uint8 [8 / bits]."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
 
 
 def _join(stream: Tensor) -> Tensor:
