@@ -15,7 +15,7 @@ from ir.ops.tokens import row_bytes
 from ir.program import Program, is_call, tensor_type_of
 from ir.types import TensorType
 from passes.base import Context, OptionError, Pass, PlanRow, Stage
-from passes.sites import check_skip
+from passes.sites import check_patterns
 
 aten, nomul = torch.ops.aten, torch.ops.nomul
 
@@ -51,8 +51,9 @@ class Act(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Encode and decode every value that linears read, once for all its readers."""
-        check_skip(program, self.skip, self.name)
-        for block in blocks(program):
+        parts = blocks(program)
+        check_patterns([site_name(n) for block in parts for n in linears(block.nodes)], self.skip, self.name)
+        for block in parts:
             readers: dict[fx.Node, list[fx.Node]] = {}
             for node in linears(block.nodes):
                 if self._skipped(node):

@@ -66,13 +66,13 @@ def search_block(
 
     A group that only reads zeros, or whose linears will not be rounded, is recorded as left alone.
     """
-    wanted = dict.fromkeys(x for group in groups for x in reads(group, step.block).values())
+    wanted = dict.fromkeys(x for group in groups for x in reads(group, step.original_block).values())
     seen = {x: _Inputs(empty_gram(width), torch.zeros(width, dtype=torch.float64)) for x, width in _widths(wanted)}
     step.observe_float({x.name: known.add for x, known in seen.items()})
     coded = {site.node.name for site in choose_sites(program, step.block.nodes, (), Context())}
     scales = []
     for group in groups:
-        inputs = reads(group, step.block)
+        inputs = reads(group, step.original_block)
         sinks = [slot for slot in group.sinks if slot.node in coded and slot.node in inputs]
         known = [seen[inputs[slot.node]] for slot in sinks]
         if not any(bool(k.gram.matrix.diagonal().any()) for k in known):
@@ -90,7 +90,7 @@ def search_block(
 
 
 def reads(group: EquivGroup, block: Block) -> dict[str, fx.Node]:
-    """Return what the group's consumers in a block read, by the consumer's name."""
+    """Return what the group's consumers in a block read, by the consumer's name; block: before any change."""
     nodes: Mapping[str, fx.Node] = {node.name: node for node in block.nodes}
     sinks = [nodes[slot.node] for slot in group.sinks if slot.axis == "cols" and slot.node in nodes]
     return {node.name: node.args[0] for node in sinks if isinstance(node.args[0], fx.Node)}

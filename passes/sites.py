@@ -52,7 +52,11 @@ def outside_blocks(program: Program, block_nodes: Iterable[fx.Node], skip: Seque
 def check_skip(program: Program, skip: Sequence[str], by: str) -> None:
     """Raise OptionError for a pattern that names no linear: a misspelt one would compress what was to stay float."""
     sites, left = linear_sites(program, program.graph.nodes)
-    names = [s.name for s in sites] + [name for name, _ in left]
+    check_patterns([s.name for s in sites] + [name for name, _ in left], skip, by)
+
+
+def check_patterns(names: Sequence[str], skip: Sequence[str], by: str) -> None:
+    """Raise OptionError for a pattern that names none of these linears."""
     for pattern in skip:
         if not any(matches(pattern, name) for name in names):
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -13,7 +13,7 @@ from ir.analysis import Block, Layout, between, layout, token_carriers
 from ir.errors import UnsupportedError, UsageError
 from ir.execute import empty_inputs
 from ir.products import Precision, products_in
-from ir.program import Program, release
+from ir.program import Program, is_call, release
 from ir.region import Region, region
 from passes.base import Context
 
@@ -100,7 +100,8 @@ class Step:
     def observe_pairs(self, wanted: Mapping[fx.Node, PairCallback], last: bool = True) -> None:
         """Hand every batch's value of each wanted node, on the compressed and on the float stream, to its callback.
 
-        The float value is that of the node of the same name in the original block. One batch is in memory at a time.
+        The float value is that of the node of the same name in the original block, or of what a node decodes. One batch
+        is in memory at a time.
         last: whether the block is not observed again; the float stream then keeps what it needs to move on, unless it
         has that already.
         """
@@ -108,8 +109,9 @@ class Step:
             raise ValueError("this walk does not carry both streams")
         nodes = _by_name(self._float, self._float_block)
         ours = _values(self._compressed, self.block, list(wanted))
+        names = [uncoded(node).name for node in wanted]
         after = [self._float_block.exit] if last and not self._float.ready else []
-        theirs = _values(self._float, self._float_block, [*(nodes[n.name] for n in wanted), *after])
+        theirs = _values(self._float, self._float_block, [*(nodes[name] for name in names), *after])
         ready = []
         for compressed, original in zip(ours, theirs, strict=True):
             ready += original[len(wanted) :]
@@ -125,6 +127,13 @@ class Step:
         if self._float is None:
             raise ValueError("this walk carries no float stream")
         return self._float.program
+
+    @property
+    def original_block(self) -> Block:
+        """The block as it was when the float stream began; its nodes are those of `original`."""
+        if self._float_block is None:
+            raise ValueError("this walk carries no float stream")
+        return self._float_block
 
     def function(self, free: Sequence[str]) -> BlockFunction:
         """Return the block as it is now, on the compressed stream, as a function of the parameters `free`."""
@@ -148,6 +157,13 @@ class Step:
             raise ValueError("this walk does not carry both streams")
         flow = replace(self._compressed, program=self._float.program, plan=self._float.plan, ready=[])
         return list(_exits(flow, self._float_block))
+
+
+def uncoded(node: fx.Node) -> fx.Node:
+    """Return what a value was before its tokens were encoded and decoded."""
+    while is_call(node, torch.ops.nomul.decode_tokens, torch.ops.nomul.encode_tokens):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def walk(

@@ -25,6 +25,7 @@ from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.checkpoint import load_block, save_block
 from passes.equiv.operands import own_gain
 from passes.equiv.rules import NORMS
+from passes.sites import check_patterns
 from passes.stream import Step, split_rows, walk
 from passes.training.events import block_name, report_outcome
 from passes.training.loop import Outcome, Recipe, train
@@ -74,9 +75,11 @@ class TuneScales(Pass):
                 why="the weights were already coded when this run began",
                 fix=f"put {self.name} into the pipeline that codes the weights, after the pass that does",
             )
+        nodes = [n for block in blocks(program) for n in block.nodes]
+        check_patterns([site_name(n) for n in nodes if is_coded(n)], self.skip, self.name)
         rows = replace(ctx, calibration=split_rows(ctx, self.batch))
         for walked in walk(program, rows, "both", self.name, ctx.original):
-            nodes = self._chosen(program, walked.block, ctx)
+            chosen = self._chosen(program, walked.block, ctx)
             gains = self._own_gains(program, walked.block) if self.gains else []
             found = load_block(ctx.work, walked.block.index)
             if found is not None:
@@ -84,8 +87,8 @@ class TuneScales(Pass):
                 _put(program, tensors, self.name)
                 ctx.log.report(**facts)  # type: ignore[arg-type]
                 continue
-            if nodes:
-                problem = _Problem(self, program, walked, nodes, gains, ctx)
+            if chosen:
+                problem = _Problem(self, program, walked, chosen, gains, ctx)
                 tensors, figures = problem.solve()
                 _put(program, tensors, self.name)
                 ctx.log.report(**figures)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import passes.omniquant as module
+import passes.learned_block as module
 from ir.analysis import linear_sites
 from ir.edit import Editor
 from ir.errors import UnsupportedError, UsageError
@@ -152,14 +152,14 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     tiny_model: Program, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, said = compress(tiny_model, bits=3, **options)
-    solve = module._Problem.solve
+    solve = module.LearnedBlock.solve
 
     def interrupted(self: Any, scales: Any) -> Any:
         if self.walked.block.index == 1:
             raise KeyboardInterrupt
         return solve(self, scales)
 
-    monkeypatch.setattr(module._Problem, "solve", interrupted)
+    monkeypatch.setattr(module.LearnedBlock, "solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(tiny_model, bits=3, work=tmp_path, **options)
     trained: list[int] = []
@@ -168,7 +168,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
         trained.append(self.walked.block.index)
         return solve(self, scales)
 
-    monkeypatch.setattr(module._Problem, "solve", counted)
+    monkeypatch.setattr(module.LearnedBlock, "solve", counted)
     again, log = compress(tiny_model, bits=3, work=tmp_path, **options)
     assert trained == [1]
     assert all(same_parts(again, wanted, name) for name in SITES)
@@ -235,6 +235,32 @@ def test_it_composes_with_fold(tiny_model: Program) -> None:
     assert sorted(coded(found)) == sorted(SITES) and len(blocks_of(log)) == 2
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_activations_and_caches_are_coded_and_trained_with(tiny_model: Program, rounding: str) -> None:
+    found, log = compress(tiny_model, bits=4, act=4, kv=4, rounding=rounding, epochs=2)
+    found.level = "compressed"
+    verify(found, full=True)
+    assert len(list(found.calls(nomul.encode_tokens))) == 2 * (4 + 2)
+    assert not list(found.calls(nomul.straight_tokens))
+    assert {r.by for r in log.reports} == {"omniquant", "act", "kv"}
+    kinds = {r.action for r in Omniquant(bits=4, kv=4, group=16).plan(tiny_model)}
+    assert "learn the scales of q<->k" in kinds
+    for figures in blocks_of(log):
+        assert figures["loss_after"] <= figures["loss_before"]
+        assert rounding == "gptq" or figures["loss_stored"] == pytest.approx(figures["loss_after"], rel=1e-5)
+
+
+def test_presets_give_what_is_not_given() -> None:
+    assert Omniquant().settled() == Omniquant(preset="w4a16g64").settled()
+    w4a4 = Omniquant(preset="w4a4", group=32).settled()
+    assert (w4a4.bits, w4a4.group, w4a4.act, w4a4.kv) == (4, 32, 4, 4) and "q<->k" in w4a4.sites
+    assert Omniquant(preset="w3a16g64", fast=True).settled().epochs < Omniquant(preset="w3a16g64").settled().epochs
+    assert Omniquant(preset="w3a16g64", fast=True, epochs=7).settled().epochs == 7
+    assert str(parse("omniquant{preset=w2a16g64 fast}")) == "omniquant{preset=w2a16g64 fast}"
+    with pytest.raises(OptionError, match="needs groups"):
+        parse("omniquant{preset=w8a8 rounding=gptq}")
+
+
 def test_it_needs_text(tiny_model: Program) -> None:
     with pytest.raises(UsageError, match="needs calibration text"):
         compress(tiny_model, bits=3, data=None)
@@ -242,7 +268,10 @@ def test_it_needs_text(tiny_model: Program) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("bits", 1), ("bits", 9), ("group", -1), ("epochs", -1), ("batch", 0), ("clip_rate", 1.0), ("last_rate", 2.0)],
+    [
+        *(("bits", 1), ("bits", 9), ("group", -1), ("epochs", -1), ("batch", 0), ("clip_rate", 1.0)),
+        *(("last_rate", 2.0), ("act", 9), ("kv", 1)),
+    ],
 )
 def test_options_out_of_range(option: str, value: float) -> None:
     with pytest.raises(OptionError, match=f"option {option} of pass omniquant"):
