@@ -42,6 +42,11 @@ def rounded(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tens
     return codes, zero, scale
 
 
+def _fresh(x: Tensor) -> Tensor:
+    """Return a copy whose bytes lie side by side, also where a dim of one has a stride that `contiguous` lets be."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("nomul::encode_tokens", mutates_args=())
 def encode_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Return a row of codes for every token.
@@ -49,7 +54,7 @@ def encode_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:
     x: float [..., K]; returns uint8 [..., `row_bytes`]. bits: 2 to 8.
     """
     codes, zero, scale = rounded(x, bits, symmetric)
-    head = torch.cat([scale.contiguous().view(torch.uint8), zero.to(torch.uint8)], -1)
+    head = torch.cat([_fresh(scale).view(torch.uint8), zero.to(torch.uint8)], -1)
     return torch.cat([head, pack_bits(codes.to(torch.uint8), bits)], -1)
 
 
@@ -64,7 +69,7 @@ def decode_tokens(rows: Tensor, bits: int, width: int, dtype: torch.dtype) -> Te
 
     rows: uint8 [..., `row_bytes`], as `encode_tokens` gives them.
     """
-    scale = rows[..., :2].contiguous().view(torch.float16).to(dtype)
+    scale = _fresh(rows[..., :2]).view(torch.float16).to(dtype)
     zero = rows[..., 2:_HEAD].to(dtype)
     return (unpack_bits(rows[..., _HEAD:], bits, width).to(dtype) - zero) * scale
 
