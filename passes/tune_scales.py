@@ -37,9 +37,9 @@ from passes.training.scales import CodedWeight, coded_weight
 class TuneScales(Pass):
     """Train scales and offsets of coded weights so that each block comes close to the float model's."""
 
-    epochs: int = field(default=10, metadata={"help": "times every sample is trained on"})
+    epochs: int = field(default=5, metadata={"help": "times every sample is trained on"})
     batch: int = field(default=1, metadata={"help": "samples a step"})
-    rate: float = field(default=2e-3, metadata={"help": "learning rate, of scales relative to their size"})
+    rate: float = field(default=5e-3, metadata={"help": "learning rate, of scales relative to their size"})
     last_rate: float = field(default=0.05, metadata={"help": "share of the rate at the end of its cosine"})
     gains: bool = field(default=False, metadata={"help": "train the gains of norms as well"})
     loss: Literal["token", "plain"] = field(
