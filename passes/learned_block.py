@@ -21,7 +21,7 @@ from passes.sites import choose_sites, figures
 from passes.solved import Solved, put_solved
 from passes.stream import Callback, Step
 from passes.training.events import block_name, report_outcome
-from passes.training.loop import Outcome, Recipe, judge, train
+from passes.training.loop import Outcome, Problem, Recipe, judge, train
 from passes.training.loss import plain_loss, token_loss
 from passes.training.transforms import Transforms, drop_idle, transforms
 from passes.widths import width_of
@@ -61,7 +61,10 @@ class LearnedBlock:
         targets = [self.walked.float_exits()]
         if self.how.second:
             targets.append(self.walked.original_exits())
-        outcome = self._train(self._start(scales), targets)
+        problem = self.problem(scales, targets)
+        recipe = Recipe(self.settled.epochs, self.how.last_rate)
+        outcome = train(problem, recipe, self.ctx.seed + self.walked.block.index)
+        problem.release()
         state = outcome.state
         with torch.no_grad():
             floats = self._transformed(state)
@@ -153,18 +156,15 @@ class LearnedBlock:
         measure = token_loss if self.how.loss == "token" else plain_loss
         return sum((measure(found, target[batch]) for target in targets), torch.zeros(()))
 
-    def _train(self, start: dict[str, Tensor], targets: list[list[Tensor]]) -> Outcome:
-        block = self.walked.function(tuple(self.originals))
+    def problem(self, scales: Mapping[str, Tensor], targets: list[list[Tensor]]) -> Problem:
+        """Return what is trained; arguments as for `solve`, and where the block's exit should be, batch by batch."""
+        block, start = self.walked.function(tuple(self.originals)), self._start(scales)
 
         def loss(state: Mapping[str, Tensor], batch: int) -> Tensor:
             return self._measure(block(self._effective(state), batch), targets, batch)
 
         rates = {name: self.how.clip_rate if name.startswith("clip:") else self.how.scale_rate for name in start}
-        recipe = Recipe(self.settled.epochs, self.how.last_rate)
-        seed = self.ctx.seed + self.walked.block.index
-        outcome = train(start, rates, loss, block.batches, recipe, seed)
-        block.release()
-        return outcome
+        return Problem(start, rates, loss, block.batches, block.release)
 
     def _code(self, state: Mapping[str, Tensor]) -> dict[str, Solved]:
         """Put the codes of all sites in place; their weights are transformed by now."""

@@ -6,31 +6,25 @@ Sources: ELUTQ (2510.19482, section 3.3) and AnyBCQ (2510.10467, section 3.2) tu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, fx
 
 from ir.analysis import Block, blocks, matches, site_name
-from ir.decode import arguments, code_nodes, codes_of, decoded_name, is_coded
+from ir.decode import is_coded
 from ir.edit import Editor
 from ir.errors import UsageError
-from ir.ops.nested import NestedCodes
-from ir.ops.quant import QuantCodes
-from ir.ops.shiftcode import ShiftCodes
 from ir.program import Program, is_call
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.checkpoint import load_block, save_block
 from passes.equiv.operands import own_gain
 from passes.equiv.rules import NORMS
 from passes.sites import check_patterns
-from passes.stream import Step, split_rows, walk
-from passes.training.events import block_name, report_outcome
-from passes.training.loop import Outcome, Recipe, train
-from passes.training.loss import plain_loss, token_loss
-from passes.training.scales import CodedWeight, coded_weight
+from passes.stream import split_rows, walk
+from passes.training.events import block_name
+from passes.tuned_block import TunedBlock
 
 
 @dataclass(frozen=True)
@@ -88,8 +82,8 @@ class TuneScales(Pass):
                 ctx.log.report(**facts)  # type: ignore[arg-type]
                 continue
             if chosen:
-                problem = _Problem(self, program, walked, chosen, gains, ctx)
-                tensors, figures = problem.solve()
+                block = TunedBlock(self, program, walked, chosen, gains, ctx)
+                tensors, figures = block.solve()
                 _put(program, tensors, self.name)
                 ctx.log.report(**figures)  # type: ignore[arg-type]
                 save_block(ctx.work, walked.block.index, tensors, figures)
@@ -112,76 +106,6 @@ class TuneScales(Pass):
     def _own_gains(self, program: Program, block: Block) -> list[str]:
         editor = Editor(program, self.name)
         return [own_gain(editor, node) for node in block.nodes if is_call(node, *NORMS)]
-
-
-@dataclass
-class _Problem:
-    """A block to be trained: its coded weights, and the gains of its norms where they are trained too."""
-
-    how: TuneScales
-    program: Program
-    walked: Step
-    nodes: Sequence[fx.Node]
-    gains: Sequence[str]
-    ctx: Context
-
-    def solve(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        """Return the parameters that training changed, by name, and the block's figures."""
-        weights = {node.name: _weight(node, self.program) for node in self.nodes}
-        outcome = self._train(weights)
-        name = block_name(self.walked.block)
-        report_outcome(self.ctx, name, outcome)
-        changed = {gain: self._gain(outcome.state, gain) for gain in self.gains}
-        for node in self.nodes:
-            codes = weights[node.name].coded(_part(outcome.state, node.name))
-            changed |= _changed(node, codes, self.program)
-        figures = {"loss_before": outcome.before, "loss_after": outcome.after, "epochs": float(outcome.epochs)}
-        return changed, {"site": name, **figures}
-
-    def _train(self, weights: Mapping[str, CodedWeight]) -> Outcome:
-        targets = self.walked.float_exits()
-        measure = token_loss if self.how.loss == "token" else plain_loss
-        names = {node.name: decoded_name(node) for node in self.nodes}
-        block = self.walked.function((*names.values(), *self.gains))
-
-        def loss(state: Mapping[str, Tensor], batch: int) -> Tensor:
-            params = {names[site]: weight.weight(_part(state, site)) for site, weight in weights.items()}
-            params |= {name: self._gain(state, name) for name in self.gains}
-            return measure(block(params, batch), targets[batch])
-
-        start = {f"{site}/{part}": t for site, weight in weights.items() for part, t in weight.start().items()}
-        start |= {f"gain/{name}": torch.zeros_like(self.program.params.get(name)) for name in self.gains}
-        recipe = Recipe(self.how.epochs, self.how.last_rate)
-        seed = self.ctx.seed + self.walked.block.index
-        outcome = train(start, dict.fromkeys(start, self.how.rate), loss, block.batches, recipe, seed)
-        block.release()
-        return outcome
-
-    def _gain(self, state: Mapping[str, Tensor], name: str) -> Tensor:
-        return self.program.params.get(name) * (1 + state[f"gain/{name}"])
-
-
-def _weight(node: fx.Node, program: Program) -> CodedWeight:
-    codes = codes_of(node, program.params.get)
-    return coded_weight(codes.at(arguments(node)["precision"]) if isinstance(codes, NestedCodes) else codes)
-
-
-def _part(state: Mapping[str, Tensor], site: str) -> dict[str, Tensor]:
-    """Return a site's part of the state."""
-    return {name.rpartition("/")[2]: t for name, t in state.items() if name.rpartition("/")[0] == site}
-
-
-def _changed(node: fx.Node, codes: QuantCodes | ShiftCodes, program: Program) -> dict[str, Tensor]:
-    """Return the parameters of a coded linear that differ from those stored, by name."""
-    values, stored = arguments(node), code_nodes(node)
-    which = list(values["precisions"]).index(values["precision"]) if "precision" in values else 0
-    found: dict[str, Tensor] = {}
-    for part in ("scales", "exponents", "offsets"):
-        if part in stored and getattr(codes, part) is not None:
-            name = str(stored[part][which].target)
-            if not torch.equal(program.params.get(name), getattr(codes, part)):
-                found[name] = getattr(codes, part)
-    return found
 
 
 def _put(program: Program, tensors: Mapping[str, Tensor], by: str) -> None:

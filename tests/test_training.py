@@ -9,11 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.training.loop import Outcome, Recipe, State, split, train
+from passes.training.loop import Loss, Outcome, Problem, Recipe, State, split
+from passes.training.loop import train as train_problem
 from passes.training.loss import plain_loss, token_loss
 from tests.solver_problems import draw
 
 BATCHES = 8
+
+
+def train(start: State, rates: dict[str, float], loss: Loss, batches: int, recipe: Recipe, seed: int) -> Outcome:
+    """The outcome of training on a problem."""
+    return train_problem(Problem(start, rates, loss, batches), recipe, seed)
 
 
 def problem(seed: int = 0) -> tuple[State, list[tuple[Tensor, Tensor]]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import passes.tune_scales as module
+import passes.tuned_block as tuned
 from ir.decode import codes_of
 from ir.errors import UnsupportedError, UsageError
 from ir.ops.nested import NestedCodes
@@ -139,14 +140,14 @@ def test_gains_are_trained_when_asked_to() -> None:
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = f"fold,{CODERS['planes']},tune-scales{{{options}}}"
     wanted, said = run(pipeline)
-    solve = module._Problem.solve
+    solve = tuned.TunedBlock.solve
 
     def interrupted(self: Any) -> Any:
         if self.walked.block.index == 1:
             raise KeyboardInterrupt
         return solve(self)
 
-    monkeypatch.setattr(module._Problem, "solve", interrupted)
+    monkeypatch.setattr(tuned.TunedBlock, "solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(pipeline, work=tmp_path)
     trained: list[int] = []
@@ -155,7 +156,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, options: str, mo
         trained.append(self.walked.block.index)
         return solve(self)
 
-    monkeypatch.setattr(module._Problem, "solve", counted)
+    monkeypatch.setattr(tuned.TunedBlock, "solve", counted)
     again, log = run(pipeline, work=tmp_path)
     assert trained == [1] and losses(log) == losses(said)
     assert sorted(again.params) == sorted(wanted.params)
@@ -179,7 +180,7 @@ def test_what_is_skipped_stays_and_blocks_without_codes_are_named() -> None:
 
 
 def test_a_block_that_cannot_be_trained_keeps_its_scales_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "token_loss", lambda found, target: (found - target).sum() * math.nan)
+    monkeypatch.setattr(tuned, "token_loss", lambda found, target: (found - target).sum() * math.nan)
     before, _ = run(CODERS["uniform"])
     after, log = run(f"{CODERS['uniform']},tune-scales{{epochs=6}}")
     assert all(same_parts(before, after, site) for site in SITES)

@@ -20,6 +20,21 @@ _MEMORY = 0.9
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What is trained: tensors at their start, the learning rate of each, and a loss.
+
+    loss: of a state on a batch, a scalar with gradients; batches: how many there are; release: lets go of what the loss
+    holds on to.
+    """
+
+    start: State
+    rates: Mapping[str, float]
+    loss: Loss
+    batches: int
+    release: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How long and how fast to train.
 
@@ -81,26 +96,18 @@ class _Run:
             group["lr"] = self.rates[name] * share * self.slowed
 
 
-def train(
-    start: Mapping[str, Tensor],
-    rates: Mapping[str, float],
-    loss: Loss,
-    batches: int,
-    recipe: Recipe,
-    seed: int,
-    step: Callable[[], None] = lambda: None,
-) -> Outcome:
+def train(problem: Problem, recipe: Recipe, seed: int, step: Callable[[], None] = lambda: None) -> Outcome:
     """Return the state that is best on batches kept for judging, the start among those compared.
 
-    start: the tensors to train; rates: the learning rate of each; loss: of a state on a batch, a scalar with gradients;
     step: called after every epoch. The order of batches depends on `seed` alone. A loss or gradient that is not finite,
     and a judged loss twice the best one, send training back to the best state.
     """
+    start, loss, batches = problem.start, problem.loss, problem.batches
     trained, _ = split(batches)
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
     before = judge(leaves, loss, batches)
     least = before if math.isfinite(before) else math.inf
-    run = _Run(leaves, rates, {n: t.detach().clone() for n, t in start.items()}, least)
+    run = _Run(leaves, problem.rates, {n: t.detach().clone() for n, t in start.items()}, least)
     generator = torch.Generator().manual_seed(seed)
     done, steps = 0, max(1, recipe.epochs * len(trained))
     for epoch in range(recipe.epochs):
