@@ -167,6 +167,8 @@ class Context:
     following: the passes that will run after this one, in order.
     original: the program as it was before a pass of this run first coded weights; None where no pass wants it, or where
     the run began with coded weights.
+    activation_budget: bytes of calibration's activations that may stay in memory, the rest goes to files under `work`;
+    None for all of them.
     """
 
     seed: int = 0
@@ -177,6 +179,7 @@ class Context:
     precision: Precision = "float32"
     following: tuple[Pass, ...] = ()
     original: Program | None = None
+    activation_budget: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ir.analysis import LinearSite
 from ir.program import Program
+from passes.activations import Shelf
 from passes.base import Context
 from passes.gptq import Gptq
 from passes.presets import Settled
@@ -77,13 +78,15 @@ class LearnedBlock:
         self.sites = self._sites()
         solved = self._code(state)
         self._report(outcome, targets)
+        for extra in targets[1:]:
+            extra.clear()
         return {name: tensor for name, tensor in floats.items() if name not in coded}, solved
 
     def _put(self, program: Program, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             program.params.put(name, tensor, self.how.name)
 
-    def _report(self, outcome: Outcome, targets: list[list[Tensor]]) -> None:
+    def _report(self, outcome: Outcome, targets: list[Shelf]) -> None:
         """Report the block's loss at the start, after training and as it is stored, and what happened on the way."""
         block, stored = self.walked.block, self.walked.function(())
         name = block_name(block)
@@ -152,11 +155,11 @@ class LearnedBlock:
             )
         return found
 
-    def _measure(self, found: Tensor, targets: list[list[Tensor]], batch: int) -> Tensor:
+    def _measure(self, found: Tensor, targets: list[Shelf], batch: int) -> Tensor:
         measure = token_loss if self.how.loss == "token" else plain_loss
         return sum((measure(found, target[batch]) for target in targets), torch.zeros(()))
 
-    def problem(self, scales: Mapping[str, Tensor], targets: list[list[Tensor]]) -> Problem:
+    def problem(self, scales: Mapping[str, Tensor], targets: list[Shelf]) -> Problem:
         """Return what is trained; arguments as for `solve`, and where the block's exit should be, batch by batch."""
         block, start = self.walked.function(tuple(self.originals)), self._start(scales)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from ir.execute import empty_inputs
 from ir.products import Precision, products_in
 from ir.program import Program, is_call, release
 from ir.region import Region, region
+from passes.activations import Room, Shelf, shelved
 from passes.base import Context
 
 Callback = Callable[[Tensor], None]
@@ -32,12 +33,12 @@ class _Flow:
 
     program: Program
     plan: Layout
-    entry: list[Tensor]
+    entry: Shelf
     carried: list[dict[str, Tensor]]
     ambient: dict[torch.Size, dict[str, Tensor]]
     shapes: list[torch.Size]
     precision: Precision
-    ready: list[Tensor] = field(default_factory=list)
+    ready: Shelf
 
     def values(self, batch: int, block: Block) -> Mapping[str, Tensor]:
         known = {**self.ambient[self.shapes[batch]], **self.carried[batch]}
@@ -110,16 +111,14 @@ class Step:
         nodes = _by_name(self._float, self._float_block)
         ours = _values(self._compressed, self.block, list(wanted))
         names = [uncoded(node).name for node in wanted]
-        after = [self._float_block.exit] if last and not self._float.ready else []
+        after = [self._float_block.exit] if last and not len(self._float.ready) else []
         theirs = _values(self._float, self._float_block, [*(nodes[name] for name in names), *after])
-        ready = []
         for compressed, original in zip(ours, theirs, strict=True):
-            ready += original[len(wanted) :]
+            for value in original[len(wanted) :]:
+                self._float.ready.append(value)
             with products_in(self._float.precision):
                 for call, a, b in zip(wanted.values(), compressed, original[: len(wanted)], strict=True):
                     call(a, b)
-        if after:
-            self._float.ready = ready
 
     @property
     def original(self) -> Program:
@@ -143,20 +142,20 @@ class Step:
         flow = self._compressed
         return BlockFunction(tuple(free), len(flow.entry), part.function(free), part, flow, self.block)
 
-    def float_exits(self) -> list[Tensor]:
+    def float_exits(self) -> Shelf:
         """Return what the original block gives on the float stream, per batch; the stream moves on by these."""
         if self._float is None or self._float_block is None:
             raise ValueError("this walk carries no float stream")
-        if not self._float.ready:
-            self._float.ready = list(_exits(self._float, self._float_block))
-        return list(self._float.ready)
+        if not len(self._float.ready):
+            self._float.ready = shelved(self._float.ready.room, _exits(self._float, self._float_block))
+        return self._float.ready
 
-    def original_exits(self) -> list[Tensor]:
-        """Return what the original block gives on the compressed stream, per batch."""
+    def original_exits(self) -> Shelf:
+        """Return what the original block gives on the compressed stream, per batch; the caller clears it."""
         if self._compressed is None or self._float is None or self._float_block is None:
             raise ValueError("this walk does not carry both streams")
-        flow = replace(self._compressed, program=self._float.program, plan=self._float.plan, ready=[])
-        return list(_exits(flow, self._float_block))
+        flow = replace(self._compressed, program=self._float.program, plan=self._float.plan)
+        return shelved(flow.entry.room, _exits(flow, self._float_block))
 
 
 def uncoded(node: fx.Node) -> fx.Node:
@@ -187,12 +186,28 @@ def walk(
             why="the dataflow from tokens to logits has no cut points that repeat",
             fix="use a pass or option that needs no calibration (calib=none)",
         )
-    batches = calibration(ctx)
-    compressed = _start(program, plan, batches, ctx.precision) if stream != "float" else None
+    batches, room = calibration(ctx), Room(ctx.activation_budget, ctx.work)
+    try:
+        yield from _walk(program, plan, batches, room, ctx, stream, label, original)
+    finally:
+        room.close()
+
+
+def _walk(
+    program: Program,
+    plan: Layout,
+    batches: Sequence[Tensor],
+    room: Room,
+    ctx: Context,
+    stream: Literal["float", "compressed", "both"],
+    label: str,
+    original: Program | None,
+) -> Iterator[Step]:
+    compressed = _start(program, plan, batches, ctx.precision, room) if stream != "float" else None
     floating = None
     if stream != "compressed":
         copy = (original or program).clone()
-        floating = _start(copy, layout(copy), batches, ctx.precision)
+        floating = _start(copy, layout(copy), batches, ctx.precision, room)
     step = ctx.log.progress(len(plan.blocks), label)
     for block in plan.blocks:
         float_block = floating.plan.blocks[block.index] if floating is not None else None
@@ -230,14 +245,14 @@ def split_rows(ctx: Context, rows: int) -> list[Tensor]:
     return [part for ids in calibration(ctx) for part in ids.split(rows)]
 
 
-def _start(program: Program, plan: Layout, batches: Sequence[Tensor], precision: Precision) -> _Flow:
+def _start(program: Program, plan: Layout, batches: Sequence[Tensor], precision: Precision, room: Room) -> _Flow:
     """Run the prologue on every batch and keep what the blocks read of it."""
     carriers = token_carriers(program)
     inside = {n for block in plan.blocks for n in block.nodes}
     read = {s for n in inside for s in n.all_input_nodes if s not in inside and s.op == "call_function"}
     entry = plan.blocks[0].entry
     outputs = [n for n in plan.prologue if n in read or n is entry]
-    flow = _Flow(program, plan, [], [], {}, [], precision)
+    flow = _Flow(program, plan, Shelf(room), [], {}, [], precision, Shelf(room))
     part = region(program, plan.prologue, outputs)
     module = part.module(decode=True)
     for ids in batches:
@@ -286,8 +301,9 @@ def _values(flow: _Flow, block: Block, wanted: Sequence[fx.Node]) -> Iterator[li
 
 def _advance(flow: _Flow, block: Block) -> None:
     """Replace each batch's entry by the block's exit, computed with the block as it is now unless it is ready."""
-    if flow.ready:
-        flow.entry, flow.ready = flow.ready, []
+    if len(flow.ready):
+        flow.entry.clear()
+        flow.entry, flow.ready = flow.ready, Shelf(flow.entry.room)
         return
     for batch, value in enumerate(_exits(flow, block)):
         flow.entry[batch] = value

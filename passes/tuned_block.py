@@ -14,6 +14,7 @@ from ir.ops.nested import NestedCodes
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.program import Program
+from passes.activations import Shelf
 from passes.base import Context
 from passes.stream import Step
 from passes.training.events import block_name, report_outcome
@@ -54,7 +55,7 @@ class TunedBlock:
         figures = {"loss_before": outcome.before, "loss_after": outcome.after, "epochs": float(outcome.epochs)}
         return changed, {"site": name, **figures}
 
-    def problem(self, targets: Sequence[Tensor]) -> Problem:
+    def problem(self, targets: Shelf) -> Problem:
         """Return what is trained; targets: where the block's exit should be, batch by batch."""
         measure = token_loss if self.how.loss == "token" else plain_loss
         names = {node.name: decoded_name(node) for node in self.nodes}

@@ -78,6 +78,8 @@ def test_the_figures_are_readable_too(found: dict[str, object]) -> None:
         ["kernels", "--where", "warm"],
         ["decode", "out/smol", "--head", "none"],
         ["decode", "out/smol", "--rounds", "0"],
+        ["training", "--tokens", "0"],
+        ["training", "--rounds", "0"],
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +89,7 @@ def test_what_cannot_be_measured_is_refused(arguments: list[str], capsys: pytest
     assert not text.out and arguments[-1] in text.err
 
 
-@pytest.mark.parametrize("what", ["solver", "kernels", "decode"])
+@pytest.mark.parametrize("what", ["solver", "kernels", "decode", "training"])
 def test_help_imports_no_torch(what: str) -> None:
     code = (
         "import sys, tools.bench as t\n"
@@ -96,3 +98,17 @@ def test_help_imports_no_torch(what: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert "--json" in done.stdout and f"nomul bench {what}" in done.stdout
+
+
+def test_training_is_held_against_float_passes(tiny_hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["training", "--model", str(tiny_hf), "--tokens", "8", "--rounds", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, *others = found["steps"]
+    assert first["trained"] == "float weights" and first["ratio_to_float"] == 1
+    assert [row["trained"].split()[0] for row in others] == ["clipping", "clipping", "clipping", "scales"]
+    for row in found["steps"]:
+        assert row["tokens"] == 8 and row["peak_bytes"] >= 0
+        assert row["ratio_to_float"] == pytest.approx(row["seconds"] / first["seconds"])
+    from tools.training_bench import as_text
+
+    assert "x float" in as_text(found) and "4-bit activations" in as_text(found)

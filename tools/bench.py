@@ -29,12 +29,13 @@ _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this command's options."""
     p = argparse.ArgumentParser(prog="nomul bench", description=__doc__)
-    kinds = p.add_subparsers(dest="what", required=True, metavar="solver | kernels | decode")
+    kinds = p.add_subparsers(dest="what", required=True, metavar="solver | kernels | decode | training")
     _solver_options(kinds.add_parser("solver", help="the shift-add solver against the float work on the same layer"))
     _kernel_options(kinds.add_parser("kernels", help="our kernels against ONNX Runtime's and a read of memory"))
     _decode_options(
         kinds.add_parser("decode", help="an artifact in ONNX Runtime against its model in float32 and 4-bit")
     )
+    _training_options(kinds.add_parser("training", help="a step of training a block against its float passes"))
     return p
 
 
@@ -63,6 +64,14 @@ def _decode_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--head", nargs="+", metavar="HEAD", help="of the 4-bit model: float quantized (default: both)")
     p.add_argument("--rounds", type=int, metavar="N", help="samples of every figure (5)")
     p.add_argument("--quick", action="store_true", help="two short samples on one thread by default")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _training_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", default="smollm2-135m", metavar="MODEL", help="whose first block is trained")
+    p.add_argument("--tokens", nargs="+", type=int, metavar="N", help="tokens a step (512 2048)")
+    p.add_argument("--rounds", type=int, metavar="N", help="steps of everything (5)")
+    p.add_argument("--quick", action="store_true", help="two steps of few tokens by default")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -110,7 +119,18 @@ def _decode(options: argparse.Namespace) -> tuple[object, str]:
     return found, as_text(found)
 
 
-_COMMANDS = {"solver": _solver, "kernels": _kernels, "decode": _decode}
+def _training(options: argparse.Namespace) -> tuple[object, str]:
+    tokens = options.tokens or ([64] if options.quick else [512, 2048])
+    rounds = (2 if options.quick else 5) if options.rounds is None else options.rounds
+    _check_range("--tokens", tokens, 1 << 20)
+    _check_range("--rounds", [rounds], 1000)
+    from tools.training_bench import Settings, as_text, measure
+
+    found = measure(Settings(options.model, _once(tokens), rounds), console.note)
+    return found, as_text(found)
+
+
+_COMMANDS = {"solver": _solver, "kernels": _kernels, "decode": _decode, "training": _training}
 
 
 def _solver_settings(options: argparse.Namespace) -> SolverSettings:

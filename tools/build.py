@@ -199,7 +199,10 @@ def _run(
 
     log = Log() if listener is None else Log(listener=listener)
     calibration = None if data is None else data.calibration
-    ctx = Context(options.seed, log, calibration, work, options.strict, options.precision)
+    ctx = Context(
+        options.seed, log, calibration, work, options.strict, options.precision,
+        activation_budget=options.activation_budget,
+    )  # fmt: skip
     settings = Settings(options.verify, options.verify != "off", options.dump_ir, work)
     costs = [cost_step(INPUT, program)]
     reports = run_pipeline(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=int, default=128, help="calibration windows")
     p.add_argument("--seqlen", type=int, default=512, help="tokens a window")
     p.add_argument("--seed", type=int, default=0, help="of the choice of windows, and of every pass")
+    p.add_argument(
+        "--activation-budget", type=_bytes, metavar="SIZE", help="memory for calibration's activations, such as 2GB"
+    )
     p.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of calibration's products")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted compilation")
     p.add_argument("--dry-run", action="store_true", help="say what would be done and what it takes, then stop")
@@ -76,6 +80,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _bytes(text: str) -> int:
+    """Return the bytes that `512MB`, `2GiB` or a number stand for."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is no size; write for example 2GB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
 def _options(args: argparse.Namespace) -> BuildOptions:
     from ir.errors import UsageError
     from tools.options import BuildOptions
@@ -87,7 +100,7 @@ def _options(args: argparse.Namespace) -> BuildOptions:
         args.model, passes, args.out, args.target, args.calib, args.samples, args.seqlen, args.seed, args.precision,
         args.resume, args.dump_ir, args.verify, args.strict, args.keep_order, not args.no_gate, args.max_kl,
         args.energy, getattr(args, "kernel_mode", None), getattr(args, "uniform", None),
-        getattr(args, "accuracy_level", None),
+        getattr(args, "accuracy_level", None), args.activation_budget,
     )  # fmt: skip
 
 

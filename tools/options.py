@@ -20,7 +20,8 @@ DEFAULT_MAX_KL = 3.0
 class BuildOptions:
     """The options of a compilation, as on the command line.
 
-    kernel_mode, uniform, accuracy_level: settings of the target, None for its own defaults.
+    kernel_mode, uniform, accuracy_level: settings of the target, None for its own defaults. activation_budget: bytes of
+    calibration's activations that stay in memory, None for all.
     """
 
     model: str
@@ -43,6 +44,7 @@ class BuildOptions:
     kernel_mode: Literal["exact", "14bit", "8bit"] | None = None
     uniform: Literal["own", "contrib"] | None = None
     accuracy_level: int | None = None
+    activation_budget: int | None = None
 
 
 def target_backend(options: BuildOptions) -> Backend:

@@ -1,0 +1,180 @@
+"""A step of training a block against float forward and backward passes of the same block, and the memory it takes."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from frontend.open import open_model
+from ir.analysis import linear_sites
+from ir.program import Program
+from passes.act import Act
+from passes.base import Context
+from passes.equiv.discover import discover
+from passes.kv import Kv
+from passes.learned_block import LearnedBlock
+from passes.manager import Settings as PipelineSettings
+from passes.manager import run_pipeline
+from passes.memory import PeakMemory, give_back_memory
+from passes.omniquant import Omniquant
+from passes.pipeline import parse
+from passes.rtn import Rtn
+from passes.stream import Step, walk
+from passes.training.loop import Problem
+from passes.training.loss import token_loss
+from passes.training.transforms import transforms
+from passes.tune_scales import TuneScales
+from passes.tuned_block import TunedBlock
+from tools.console import size_text, table
+
+# Inputs that share a scale, or what divides the inputs of smaller models.
+_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure: the model, tokens a step, and rounds of one step each of everything."""
+
+    model: str
+    tokens: tuple[int, ...]
+    rounds: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A kind of training by name, with what it trains; updates: whether a step ends with one of the optimiser."""
+
+    name: str
+    problem: Problem
+    updates: bool = True
+
+    def step(self) -> float:
+        """Return the seconds of a forward and a backward pass, and of an update."""
+        leaves = {n: t.detach().clone().requires_grad_() for n, t in self.problem.start.items()}
+        optimiser = torch.optim.AdamW(list(leaves.values()), lr=0.0)
+        start = time.perf_counter()
+        self.problem.loss(leaves, 0).backward()  # type: ignore[no-untyped-call]
+        if self.updates:
+            optimiser.step()
+        return time.perf_counter() - start
+
+
+def measure(settings: Settings, note: Callable[[str], None]) -> dict[str, Any]:
+    """Return all figures as JSON-able data; note: takes a line on what is being measured."""
+    program = open_model(settings.model, note).program
+    if "canonical" not in program.facts:
+        run_pipeline(program, parse("canon"), Context(), PipelineSettings(verify="off"))
+    rows = [row for tokens in settings.tokens for row in _rows(program, tokens, settings.rounds, note)]
+    return {
+        "model": settings.model,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_before": psutil.getloadavg()[0],
+        "torch": torch.__version__,
+        "rounds": settings.rounds,
+        "steps": rows,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Return the figures as a table with a line on how they were taken."""
+    head = ("what is trained", "tokens", "s a step", "x float", "memory beyond the model")
+    rows = [
+        (r["trained"], r["tokens"], r["seconds"], r["ratio_to_float"], size_text(r["peak_bytes"]))
+        for r in found["steps"]
+    ]
+    return "\n".join(
+        [
+            table(head, rows),
+            "step      forward pass, backward pass and update; of the float weights without the update",
+            f"method    medians of {found['rounds']} rounds, one step of everything a round, same process and cores",
+            f"machine   {found['threads']} of {found['cores']} cores, load before {found['load_before']:.1f}, "
+            f"torch {found['torch']}; {found['model']}",
+        ]
+    )
+
+
+def _rows(program: Program, tokens: int, rounds: int, note: Callable[[str], None]) -> list[dict[str, Any]]:
+    tasks = list(_tasks(program, tokens, note))
+    peaks, seconds = {}, {task.name: [] for task in tasks}  # type: dict[str, int], dict[str, list[float]]
+    for task in tasks:
+        give_back_memory()
+        held = psutil.Process().memory_info().rss
+        with PeakMemory() as peak:
+            task.step()
+        peaks[task.name] = max(0, peak.bytes - held)
+    for done in range(rounds):
+        note(f"{tokens} tokens, round {done + 1} of {rounds}")
+        for task in tasks:
+            seconds[task.name].append(task.step())
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    return [
+        {
+            "trained": task.name,
+            "tokens": tokens,
+            "seconds": medians[task.name],
+            "ratio_to_float": medians[task.name] / medians[tasks[0].name],
+            "peak_bytes": peaks[task.name],
+        }
+        for task in tasks
+    ]
+
+
+def _tasks(program: Program, tokens: int, note: Callable[[str], None]) -> Iterator[_Task]:
+    vocabulary = int(program.outputs[0].meta["type"].dims[-1])
+    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ctx = Context(calibration=[ids])
+    note(f"prepare {tokens} tokens")
+    group = math.gcd(_GROUP, *(site.inputs for site in linear_sites(program, program.graph.nodes)[0]))
+    walked = _first(program.clone(), ctx)
+    yield _Task("float weights", _float(walked), updates=False)
+    for name, coded, options in (
+        ("clipping", False, {"sites": ()}),
+        ("clipping and scales", False, {}),
+        ("clipping and scales, 4-bit activations", True, {}),
+    ):
+        yield _Task(name, _learned(program.clone(), ctx, Omniquant(bits=4, group=group, **options), coded))  # type: ignore[arg-type]
+    yield _Task("scales of 4-bit codes", _tuned(program, ctx, group))
+
+
+def _first(program: Program, ctx: Context, original: Program | None = None) -> Step:
+    return next(walk(program, ctx, "both", "bench", original))
+
+
+def _float(walked: Step) -> Problem:
+    """Return training of all the float weights of a block."""
+    original, targets = walked.original_block.region(walked.original), walked.float_exits()
+    weights = {name: original.program.params.get(name) for name in original.params}
+    block = walked.function(tuple(weights))
+    return Problem(weights, dict.fromkeys(weights, 0.0), lambda s, b: token_loss(block(s, b), targets[b]), 1)
+
+
+def _learned(program: Program, ctx: Context, how: Omniquant, coded: bool) -> Problem:
+    groups, original = discover(program).of(*how.settled().sites), program.clone()
+    if coded:
+        Act(bits=4).run(program, ctx)
+        Kv(bits=4).run(program, ctx)
+    walked = _first(program, ctx, original)
+    names = {node.name for node in walked.block.nodes}
+    inside = [g for g in groups if all(slot.node in names for slot in g.slots)]
+    parts = transforms(program, inside, how.shift, how.name)
+    block = LearnedBlock(how, how.settled(), program, walked, parts, ctx)
+    ones: dict[str, Tensor] = {g.site: torch.ones(g.size, dtype=torch.float64) for g in inside}
+    return block.problem(ones, [walked.float_exits()])
+
+
+def _tuned(program: Program, ctx: Context, group: int) -> Problem:
+    coded = program.clone()
+    Rtn(bits=4, group=group).run(coded, ctx)
+    walked, how = _first(coded, ctx, program), TuneScales()
+    nodes = [n for n in walked.block.nodes if "quant_linear" in str(n.target)]
+    return TunedBlock(how, coded, walked, nodes, (), ctx).problem(walked.float_exits())
