@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx
 
 from ir.errors import InvariantError
+from ir.execute import empty_inputs, with_positions_in
 from ir.program import Program, is_call
 from ir.text import dump
 from ir.verify import verify
@@ -20,7 +22,9 @@ from passes.equiv.producers import bias_of
 from passes.fold import Fold
 from passes.training.transforms import drop_idle, transforms
 from tests.architectures import doubled, ids_for, prefill_and_decode, relative_error, traced
+from tests.onnx_runs import onnx_outputs
 from tests.solver_problems import draw
+from tests.watch import Watch
 
 aten = torch.ops.aten
 ARCHITECTURES = ["llama", "qwen3", "gpt2", "opt", "gemma", "stablelm", "mixtral", "bloom"]
@@ -169,3 +173,41 @@ def test_transforms_of_ones_change_no_bit() -> None:
     found = parts.apply(originals, ones, {site: torch.zeros_like(ones[site]) for site in parts.shifted})
     assert all(torch.equal(found[n], originals[n]) for n in parts.names)
     assert relative_error(prefill_and_decode(program, ids), wanted) == 0
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_routers_choose_the_same_experts(name: str) -> None:
+    program, ids = doubled(traced(name, 2)[0]), ids_for(2, 12)
+    groups = discover(program).of("norm->linears", "v->o", "up->down", "q<->k")
+    routed = [g for g in groups if g.kind == "norm->linears" and any("gate" in s.weight for s in g.sinks)]
+    assert len(routed) == 2 and all(len(g.sinks) >= 2 for g in routed)
+    found = program.clone()
+    for i, group in enumerate(groups):
+        annotate(found, group, log_normal(group, 5 * i), "test")
+    Fold().run(found, Context())
+    chosen = list(program.calls(aten.topk))
+    assert len(chosen) == 2
+    before, after = chosen_by(program, ids), chosen_by(found, ids)
+    for node in chosen:
+        assert torch.equal(before[node.name], after[node.name])
+
+
+def chosen_by(program: Program, ids: Tensor) -> dict[str, Tensor]:
+    """The places that every top-k of a program in float64 gives, by node name."""
+    wide = with_positions_in(program, torch.float64)
+    watch = Watch(wide)
+    with torch.no_grad():
+        watch.run(*empty_inputs(wide, ids, torch.float64).values())
+    return {n.name: watch.seen[n.name][1] for n in wide.calls(aten.topk)}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_onnx_runtime_agrees_on_folded_shifts(name: str, tmp_path: Path) -> None:
+    program, ids = traced(name, 2)[0], ids_for(2, 6)
+    found = left(program, shifting(program))
+    inputs = list(empty_inputs(found, ids).values())
+    with torch.no_grad():
+        wanted = found.module()(*inputs)
+    assert any(is_call(n, aten.add) and n.name.endswith("_offset") for n in found.graph.nodes) or name == "opt"
+    for a, b in zip(onnx_outputs(found, inputs, tmp_path), wanted, strict=True):
+        assert relative_error([a], [b]) < 1e-4
