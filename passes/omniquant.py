@@ -12,14 +12,16 @@ from torch import Tensor
 from ir.analysis import Block, LinearSite, blocks
 from ir.program import Program
 from passes.act import Act
-from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
+from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.checkpoint import has_block
 from passes.equiv.discover import discover
 from passes.equiv.groups import EquivGroup, Kind
 from passes.kv import Kv
 from passes.learned_block import LearnedBlock
 from passes.presets import FAST_EPOCHS, FLOAT, PRESETS, Preset, Settled
-from passes.quantize.uniform import packed_bytes
+from passes.quantize.hessian import Gram
+from passes.quantize.salience import row_energy
+from passes.quantize.uniform import packed_bytes, searched
 from passes.scale_search import SearchSpec, reads, search_block
 from passes.sites import check_group, check_skip, choose_sites, outside_blocks, weights_of
 from passes.solved import restore_floats, restore_solved, save_solved
@@ -89,6 +91,7 @@ class Omniquant(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"quant-weights"})
     data: ClassVar[Calib | None] = Calib("both", gradients=True)
     exact: ClassVar[bool] = False
+    widths: ClassVar[range] = range(2, 9)
 
     def settled(self) -> Settled:
         """Return the options that a preset can give, those of the user before those of the preset."""
@@ -176,14 +179,29 @@ class Omniquant(Pass):
             scales.update({g.site: s for g, s in search_block(program, read, walked, spec, ctx)})
         return scales
 
+    def stored_bytes(self, site: LinearSite, bits: int) -> int:
+        """Return the bytes of a site's codes, scales and zero points at a width."""
+        return packed_bytes(site.rows, site.inputs, bits, self.settled().group_of(site), self.symmetric)
+
+    def trial(
+        self, weight: Tensor, gram: Gram | None, choices: Sequence[int], site: LinearSite, ctx: Context
+    ) -> list[Trial]:
+        """Return the site rounded at each width, in the ranges that training starts from."""
+        del ctx
+        importance, found = None if gram is None else gram.matrix.diagonal(), []
+        for bits in choices:
+            group = self.settled().group_of(site)
+            codes = searched(weight, bits, group, self.symmetric, importance=importance)
+            found.append(Trial(bits, self.stored_bytes(site, bits), row_energy(weight - codes.dequantize(), gram)))
+        return found
+
     def _check_group(self, sites: Sequence[LinearSite]) -> None:
         group = self.settled().group
         if group:
             check_group(sites, group, self.name)
 
     def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
-        group, weights = self.settled().group_of(site), site.rows * site.inputs
-        size = packed_bytes(site.rows, site.inputs, bits, group, self.symmetric)
+        size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
         return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}
 
 

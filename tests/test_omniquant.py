@@ -20,6 +20,7 @@ from passes.base import Context, Log, OptionError
 from passes.equiv.discover import discover
 from passes.fold import Fold
 from passes.gptq import Gptq
+from passes.manager import Settings, run_pipeline
 from passes.omniquant import Omniquant
 from passes.pipeline import parse
 from passes.rtn import Rtn
@@ -212,6 +213,18 @@ def test_widths_that_bits_chose_are_taken(tiny_model: Program) -> None:
     program.attributes["bits"] = {SITES[0]: 2, SITES[1]: 5}
     found, _ = compress(program, bits=3, epochs=0)
     assert [coded(found)[name].args[-2] for name in SITES[:3]] == [2, 5, 3]
+
+
+def test_the_pass_bits_gives_it_widths(tiny_model: Program) -> None:
+    program, log = tiny_model.clone(), Log()
+    ctx = Context(log=log, calibration=DATA)
+    run_pipeline(program, parse("bits{target=4.5},omniquant{group=16 epochs=0}"), ctx, Settings(verify="full"))
+    widths = {node.args[-2] for node in coded(program).values()}
+    assert len(coded(program)) == len(SITES) and len(widths) > 1
+    stored = sum(stored_bytes(program, node) for node in coded(program).values())
+    assert 8 * stored <= 4.5 * sum(
+        r.figures["weights"] for r in log.reports if r.by == "omniquant" and "bits" in r.figures
+    )
 
 
 def test_whole_rows_share_a_scale(tiny_model: Program) -> None:
