@@ -18,6 +18,7 @@ _BUILT_IN = {
     "fold": "passes.fold:Fold",
     "smooth": "passes.smooth:Smooth",
     "awq": "passes.awq:Awq",
+    "osplus": "passes.osplus:Osplus",
     "rotate": "passes.rotate:Rotate",
     "bits": "passes.bits:Bits",
     "shiftadd": "passes.shiftadd:ShiftAdd",
