@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ir.analysis import LinearSite
+from ir.products import products_in
 from ir.program import Program
 from passes.activations import Shelf
 from passes.base import Context
@@ -64,7 +65,8 @@ class LearnedBlock:
             targets.append(self.walked.original_exits())
         problem = self.problem(scales, targets)
         recipe = Recipe(self.settled.epochs, self.how.last_rate)
-        outcome = train(problem, recipe, self.ctx.seed + self.walked.block.index)
+        with products_in(self.ctx.precision):
+            outcome = train(problem, recipe, self.ctx.seed + self.walked.block.index)
         problem.release()
         state = outcome.state
         with torch.no_grad():
@@ -90,7 +92,8 @@ class LearnedBlock:
         """Report the block's loss at the start, after training and as it is stored, and what happened on the way."""
         block, stored = self.walked.block, self.walked.function(())
         name = block_name(block)
-        found = judge({}, lambda _, batch: self._measure(stored({}, batch), targets, batch), stored.batches)
+        with products_in(self.ctx.precision):
+            found = judge({}, lambda _, batch: self._measure(stored({}, batch), targets, batch), stored.batches)
         stored.release()
         report_outcome(self.ctx, name, outcome)
         figures = {"loss_before": outcome.before, "loss_after": outcome.after, "loss_stored": found}

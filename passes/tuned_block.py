@@ -13,6 +13,7 @@ from ir.decode import arguments, code_nodes, codes_of, decoded_name
 from ir.ops.nested import NestedCodes
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
+from ir.products import products_in
 from ir.program import Program
 from passes.activations import Shelf
 from passes.base import Context
@@ -44,7 +45,8 @@ class TunedBlock:
         """Return the parameters that training changed, by name, and the block's figures."""
         problem = self.problem(self.walked.float_exits())
         recipe = Recipe(self.how.epochs, self.how.last_rate)
-        outcome = train(problem, recipe, self.ctx.seed + self.walked.block.index)
+        with products_in(self.ctx.precision):
+            outcome = train(problem, recipe, self.ctx.seed + self.walked.block.index)
         problem.release()
         name = block_name(self.walked.block)
         report_outcome(self.ctx, name, outcome)

@@ -227,6 +227,14 @@ def test_the_pass_bits_gives_it_widths(tiny_model: Program) -> None:
     )
 
 
+def test_it_trains_in_the_precision_of_the_run(tiny_model: Program) -> None:
+    program, log = tiny_model.clone(), Log("omniquant")
+    ctx = Context(log=log, calibration=DATA, precision="bfloat16")
+    Omniquant(bits=3, group=16, epochs=1).run(program, ctx)
+    for figures in blocks_of(log):
+        assert figures["loss_stored"] == figures["loss_after"]
+
+
 def test_whole_rows_share_a_scale(tiny_model: Program) -> None:
     found, _ = compress(tiny_model, bits=4, group=0, epochs=0, symmetric=True)
     for node in coded(found).values():

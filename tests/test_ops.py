@@ -137,6 +137,16 @@ def op_cases() -> list[Any]:
         cases.append(pytest.param(nomul.hadamard, turned, (0,), id=f"hadamard-{transposed}"))
     outer = (torch.randn(7, 3, dtype=F64), *grouped_args()[::2])
     cases.append(pytest.param(nomul.grouped_outer, outer, (), id="grouped-outer"))
+    tokens = torch.randn(2, 3, 5, 11, dtype=F64)
+    for bits, symmetric in ((4, False), (3, True)):
+        rows = nomul.encode_tokens(tokens, bits, symmetric)
+        for op, args in (
+            (nomul.encode_tokens, (tokens.transpose(1, 2), bits, symmetric)),
+            (nomul.decode_tokens, (rows, bits, 11, F64)),
+            # Its gradient is no derivative; tests/test_tokens.py has it.
+            (nomul.straight_tokens, (tokens, bits, symmetric)),
+        ):
+            cases.append(pytest.param(op, args, (), id=f"{op.__name__}-{bits}"))
     return cases
 
 

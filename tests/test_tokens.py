@@ -53,6 +53,7 @@ def test_training_sees_what_is_stored_and_gradients_pass_straight(bits: int, sym
     weight = draw(2, 5, 24, seed=2).float()
     (grad,) = torch.autograd.grad((found * weight).sum(), x)
     assert torch.equal(grad, weight)
+    torch.library.opcheck(nomul.straight_tokens, (x, bits, symmetric))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-12, 3e4, 1e9])
