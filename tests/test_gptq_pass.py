@@ -103,6 +103,20 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert [r.figures for r in log.reports] == [r.figures for r in plain[1].reports]
 
 
+def test_in_sequence_sites_see_the_codes_before_them(tiny_model: Program, plain: tuple[Program, Log]) -> None:
+    together = plain[0]
+    found, _ = compress(tiny_model, bits=3, sequential=True)
+    first = [same_parts(found, together, site) for site in SITES[:7]]
+    # Queries, keys and values read what nothing in the block has touched yet.
+    assert first[:3] == [True] * 3 and first[3:] == [False] * 4
+    one, _ = compress(tiny_model, bits=3, sequential=True, target="own", skip=("model.layers.1.*",))
+    seen = values(one, DATA[0])
+    node = coded(one)[SITES[3]]
+    own, _ = compress(tiny_model, bits=3, target="own", skip=("model.layers.1.*",))
+    assert not torch.equal(seen[node.args[0].name], values(tiny_model, DATA[0])[node.args[0].name])  # type: ignore[union-attr]
+    assert not same_parts(one, own, SITES[3])
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_options_reach_the_codes(tiny_model: Program, plain: tuple[Program, Log], symmetric: bool) -> None:
     program, _ = compress(tiny_model, bits=3, symmetric=symmetric, terms=1, order="inputs", search=False)
