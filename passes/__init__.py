@@ -19,6 +19,7 @@ _BUILT_IN = {
     "smooth": "passes.smooth:Smooth",
     "awq": "passes.awq:Awq",
     "osplus": "passes.osplus:Osplus",
+    "affine": "passes.affine:Affine",
     "rotate": "passes.rotate:Rotate",
     "bits": "passes.bits:Bits",
     "shiftadd": "passes.shiftadd:ShiftAdd",
