@@ -138,6 +138,10 @@ class Omniquant(Pass):
         for absence in found.absences:
             if absence.kind in settled.sites:
                 ctx.log.skip(absence.site, absence.reason)
+        inside = {group.site for block in blocks(program) for group in _inside(found.of(*settled.sites), block)}
+        for group in found.of(*settled.sites):
+            if group.site not in inside:
+                ctx.log.skip(group.site, "it does not lie in one repeated block")
         original = program.clone()
         self._code_values(program, settled, ctx)
         rows = replace(ctx, calibration=split_rows(ctx, self.batch))

@@ -138,6 +138,13 @@ def test_it_runs_on_many_architectures(name: str, shift: bool) -> None:
     assert all(math.isfinite(f["loss_stored"]) for f in blocks_of(log))
 
 
+def test_groups_outside_the_blocks_are_named() -> None:
+    program = traced("llama_untied", 2)[0]
+    (head,) = discover(program).of("norm->head")
+    _, log = compress(program, bits=4, data=OTHERS, sites=("norm->head",), epochs=0)
+    assert any(d.site == head.site and "one repeated block" in d.reason for d in log.diagnostics)
+
+
 def test_shifts_become_biases(tiny_model: Program) -> None:
     found, _ = compress(tiny_model, bits=3, shift=True, epochs=6)
     biases = [node.args[4] for node in coded(found).values() if node.args[4] is not None]
