@@ -33,8 +33,8 @@ class Affine(Pass):
     """Put the values of each attention head into a learned basis in which the weights around them round better.
 
     Rows that make a head's values are multiplied by A, columns that read them by its inverse, which is exact because
-    attention mixes no channels. Source: AffineQuant (2403.12544), its head-local part; without the gradual mask, since
-    the best state is kept and a matrix that is nearly singular is never the best.
+    attention mixes no channels. Source: AffineQuant (2403.12544), its head-local part, without its gradual mask:
+    the state kept is the one that is judged best, the start among them.
     """
 
     bits: int = field(default=4, metadata={"help": "width that weights are rounded to while A is learned, 2 to 8"})
@@ -128,7 +128,8 @@ def moved(heads: ValueHeads, matrix: Tensor, params: Mapping[str, Tensor]) -> di
     it.
     """
     changed: dict[str, Tensor] = {}
-    inverse = torch.linalg.inv(matrix)
+    # A singular matrix gives a loss that is not finite, which training undoes, and no error.
+    inverse = torch.linalg.inv_ex(matrix).inverse
     for slot in heads.sources:
         weight, bias = _names(slot.node)
         changed[weight] = _rows(changed.get(weight, params[weight]), slot, matrix)

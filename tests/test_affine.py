@@ -142,6 +142,14 @@ def test_a_block_without_a_finite_loss_is_left_and_named(tiny_model: Program, mo
     assert all(torch.equal(found.params.get(n), tiny_model.params.get(n)) for n in tiny_model.params)
 
 
+def test_a_singular_matrix_is_no_error_but_never_finite() -> None:
+    program = traced("llama", 1)[0]
+    (heads,) = heads_of(program)
+    params = {n: program.params.get(n) for n in program.params}
+    found = moved(heads, torch.zeros(heads.count, heads.width, heads.width), params)
+    assert not all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
+
+
 @pytest.mark.parametrize(("option", "value"), [("bits", 1), ("group", -1), ("epochs", -1), ("batch", 0), ("rate", 2.0)])
 def test_options_out_of_range(option: str, value: float) -> None:
     with pytest.raises(OptionError, match=f"option {option} of pass affine"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import passes.tune_scales as module
 import passes.tuned_block as tuned
@@ -19,7 +20,7 @@ from ir.verify import verify
 from passes.base import Context, Log, OptionError
 from passes.manager import Settings, run_pipeline
 from passes.pipeline import check, parse, schedule
-from passes.training.scales import coded_weight
+from passes.training.scales import CodedWeight, coded_weight
 from passes.tune_scales import TuneScales
 from tests.coded_sites import coded, decoded, parts, same_parts
 from tests.shiftadd_runs import SITES, error
@@ -54,23 +55,27 @@ def losses(log: Log) -> list[tuple[float, float]]:
     return [(r.figures["loss_before"], r.figures["loss_after"]) for r in log.reports if r.by == "tune-scales"]
 
 
-@pytest.mark.parametrize("kind", CODERS)
-def test_the_state_at_the_start_is_the_stored_weight(kind: str) -> None:
+def views(kind: str) -> list[tuple[CodedWeight, Tensor]]:
+    """The coded weights of a program, each with the weight it decodes to, float64."""
     program, _ = run(CODERS[kind])
+    found = []
     for node in coded(program).values():
         codes = codes_of(node, program.params.get)
-        view = coded_weight(codes.at(codes.precisions[-1]) if isinstance(codes, NestedCodes) else codes)
-        torch.testing.assert_close(view.weight(view.start()).double(), decoded(program, node), rtol=1e-6, atol=1e-7)
-        again = view.coded(view.start())
-        assert torch.equal(again.dequantize(torch.float64), decoded(program, node))
+        codes = codes.at(codes.precisions[-1]) if isinstance(codes, NestedCodes) else codes
+        found.append((coded_weight(codes), decoded(program, node)))
+    return found
+
+
+@pytest.mark.parametrize("kind", CODERS)
+def test_the_state_at_the_start_is_the_stored_weight(kind: str) -> None:
+    for view, weight in views(kind):
+        torch.testing.assert_close(view.weight(view.start()).double(), weight, rtol=1e-6, atol=1e-7)
+        assert torch.equal(view.coded(view.start()).dequantize(torch.float64), weight)
 
 
 @pytest.mark.parametrize("kind", CODERS)
 def test_any_state_gives_what_it_would_store(kind: str) -> None:
-    program, _ = run(CODERS[kind])
-    for node in coded(program).values():
-        codes = codes_of(node, program.params.get)
-        view = coded_weight(codes.at(codes.precisions[-1]) if isinstance(codes, NestedCodes) else codes)
+    for view, _ in views(kind):
         state = {name: 0.3 * draw(*t.shape, seed=3).float() for name, t in view.start().items()}
         stored = view.coded(state)
         torch.testing.assert_close(view.weight(state), stored.dequantize(), rtol=1e-6, atol=1e-7)

@@ -29,11 +29,8 @@ def rounded(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tens
     the zero point in the middle (2**(bits-1), the lowest code unused).
     """
     top = 2**bits - 1
-    if symmetric:
-        span, zero = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1), None
-    else:
-        low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
-        span = high / top - low / top
+    low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
+    span = torch.maximum(high, -low) / (2 ** (bits - 1) - 1) if symmetric else high / top - low / top
     # What float16 cannot hold is as fine or as coarse as it can; a token of zeros has any scale.
     scale = span.clamp(_TINY, _MOST).half()
     step = scale.to(x.dtype)
