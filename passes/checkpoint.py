@@ -35,6 +35,17 @@ def has_block(work: Path | None, index: int) -> bool:
     return work is not None and (work / f"block-{index:04d}.json").is_file()
 
 
+def last_block(work: Path) -> int:
+    """Return the number of the last finished block, -1 where there is none."""
+    return max((int(path.stem.removeprefix("block-")) for path in work.glob("block-*.json")), default=-1)
+
+
+def drop_block(work: Path, index: int) -> None:
+    """Let go of a block's results, if there are any."""
+    for ending in (".json", ".safetensors"):
+        (work / f"block-{index:04d}{ending}").unlink(missing_ok=True)
+
+
 def load_block(work: Path | None, index: int) -> tuple[dict[str, Tensor], dict[str, object]] | None:
     """Return a finished block's tensors and facts, or None when it was not finished."""
     if work is None or not has_block(work, index):

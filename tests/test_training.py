@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from passes.training.loop import Loss, Outcome, Problem, Recipe, State, split
 from passes.training.loop import train as train_problem
-from passes.training.loss import plain_loss, token_loss
+from passes.training.loss import next_token_loss, plain_loss, teacher_loss, token_loss
 from tests.solver_problems import draw
 
 BATCHES = 8
@@ -54,6 +55,38 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
     one, again, other = (fit(Recipe(epochs=3), seed) for seed in (3, 3, 4))
     assert torch.equal(one.state["weight"], again.state["weight"])
     assert not torch.equal(one.state["weight"], other.state["weight"])
+
+
+@pytest.mark.parametrize("rate", [0.05, 300.0])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, rate: float) -> None:
+    start, data = problem()
+    steps: list[int] = []
+
+    def loss(state: Mapping[str, Tensor], batch: int) -> Tensor:
+        x, y = data[batch]
+        return plain_loss(x @ state["weight"], y)
+
+    def interrupt() -> None:
+        steps.append(len(steps))
+        if len(steps) == 7 + 3:  # in the second epoch of seven steps
+            raise KeyboardInterrupt
+
+    task, recipe = Problem(start, {"weight": rate}, loss, BATCHES), Recipe(epochs=9)
+    wanted = train_problem(task, recipe, 1)
+    with pytest.raises(KeyboardInterrupt):
+        train_problem(task, recipe, 1, interrupt, tmp_path)
+    found = train_problem(task, recipe, 1, lambda: steps.append(0), tmp_path)
+    assert len(steps) == 10 + 8 * 7 or wanted.events
+    assert bool(wanted.events) == (rate > 1)
+    assert torch.equal(found.state["weight"], wanted.state["weight"])
+    assert (found.before, found.after, found.epochs, found.events) == (
+        wanted.before,
+        wanted.after,
+        wanted.epochs,
+        wanted.events,
+    )
+    assert train_problem(task, recipe, 1, interrupt, tmp_path).after == wanted.after
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_without_epochs_the_start_comes_back() -> None:
@@ -155,3 +188,12 @@ def test_silent_tokens_do_not_blow_the_loss_up() -> None:
 def test_the_loss_does_not_see_the_scale() -> None:
     found, target = draw(5, 8, seed=1), draw(5, 8, seed=2)
     assert float(token_loss(found * 1e-3, target * 1e-3)) == pytest.approx(float(token_loss(found, target)), rel=1e-9)
+
+
+def test_losses_of_predictions_are_what_their_names_say() -> None:
+    logits, other, ids = draw(2, 5, 7, seed=1), draw(2, 5, 7, seed=2), torch.tensor([[1, 2, 3, 4, 5], [6, 0, 1, 2, 3]])
+    p, q = logits.softmax(-1), other.softmax(-1)
+    chosen = [p[b, t, ids[b, t + 1]].log() for b in range(2) for t in range(4)]
+    torch.testing.assert_close(next_token_loss(logits, ids), -torch.stack(chosen).mean())
+    torch.testing.assert_close(teacher_loss(logits, other), (q * (q / p).log()).sum(-1).mean())
+    assert abs(float(teacher_loss(logits, logits))) < 1e-12

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import passes.tune_scales as module
-import passes.tuned_block as tuned
+import passes.tuned_weights as tuned
 from ir.decode import codes_of
 from ir.errors import UnsupportedError, UsageError
 from ir.ops.nested import NestedCodes
@@ -145,23 +145,23 @@ def test_gains_are_trained_when_asked_to() -> None:
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = f"fold,{CODERS['planes']},tune-scales{{{options}}}"
     wanted, said = run(pipeline)
-    solve = tuned.TunedBlock.solve
+    block_problem = module.block_problem
 
-    def interrupted(self: Any) -> Any:
-        if self.walked.block.index == 1:
+    def interrupted(weights: Any, walked: Any, *rest: Any) -> Any:
+        if walked.block.index == 1:
             raise KeyboardInterrupt
-        return solve(self)
+        return block_problem(weights, walked, *rest)
 
-    monkeypatch.setattr(tuned.TunedBlock, "solve", interrupted)
+    monkeypatch.setattr(module, "block_problem", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(pipeline, work=tmp_path)
     trained: list[int] = []
 
-    def counted(self: Any) -> Any:
-        trained.append(self.walked.block.index)
-        return solve(self)
+    def counted(weights: Any, walked: Any, *rest: Any) -> Any:
+        trained.append(walked.block.index)
+        return block_problem(weights, walked, *rest)
 
-    monkeypatch.setattr(tuned.TunedBlock, "solve", counted)
+    monkeypatch.setattr(module, "block_problem", counted)
     again, log = run(pipeline, work=tmp_path)
     assert trained == [1] and losses(log) == losses(said)
     assert sorted(again.params) == sorted(wanted.params)

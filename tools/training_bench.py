@@ -33,7 +33,7 @@ from passes.training.loop import Problem
 from passes.training.loss import token_loss
 from passes.training.transforms import transforms
 from passes.tune_scales import TuneScales
-from passes.tuned_block import TunedBlock
+from passes.tuned_weights import block_problem, tuned_weights
 from tools.console import size_text, table
 
 # Inputs that share a scale, or what divides the inputs of smaller models.
@@ -177,4 +177,4 @@ def _tuned(program: Program, ctx: Context, group: int) -> Problem:
     Rtn(bits=4, group=group).run(coded, ctx)
     walked, how = _first(coded, ctx, program), TuneScales()
     nodes = [n for n in walked.block.nodes if "quant_linear" in str(n.target)]
-    return TunedBlock(how, coded, walked, nodes, (), ctx).problem(walked.float_exits())
+    return block_problem(tuned_weights(coded, nodes, ()), walked, how.rate, how.loss)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from passes.checkpoint import drop_block, last_block, load_block, save_block
 
 State = dict[str, Tensor]
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]
@@ -17,6 +21,9 @@ _DIVERGED = 2.0
 # Batches kept for judging, as a share of all, where there are enough to spare any.
 _JUDGED, _SPARE = 8, 4
 _MEMORY = 0.9
+# What of a run is kept besides tensors, and what the optimiser knows of each tensor.
+_KEPT = ("before", "least", "done", "slowed", "events")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,18 @@ class Outcome:
 
 @dataclass
 class _Run:
-    """Where training stands: the tensors, their optimiser, the best state so far, and how often it went back."""
+    """Where training stands: the tensors, their optimiser, the best state so far, and how often it went back.
+
+    before, least: the judged loss at the start and the least so far; done: epochs.
+    """
 
     leaves: State
     rates: Mapping[str, float]
     best: State
+    before: float
     least: float
+    generator: torch.Generator
+    done: int = 0
     slowed: float = 1.0
     events: list[str] = field(default_factory=list)
     optimiser: torch.optim.Optimizer = field(init=False)
@@ -95,35 +108,76 @@ class _Run:
         for group, name in zip(self.optimiser.param_groups, self.leaves, strict=True):
             group["lr"] = self.rates[name] * share * self.slowed
 
+    def save(self, work: Path) -> None:
+        """Keep all that the next epoch depends on; of an earlier epoch it is then let go."""
+        tensors = {f"leaf/{n}": t.detach() for n, t in self.leaves.items()} | {
+            f"best/{n}": t for n, t in self.best.items()
+        }
+        for name, leaf in self.leaves.items():
+            tensors |= {f"{part}/{name}": t for part, t in self.optimiser.state[leaf].items()}
+        tensors["order"] = self.generator.get_state()
+        facts = {name: getattr(self, name) for name in _KEPT}
+        save_block(work, self.done, tensors, facts)
+        drop_block(work, self.done - 1)
 
-def train(problem: Problem, recipe: Recipe, seed: int, step: Callable[[], None] = lambda: None) -> Outcome:
+    def resume(self, work: Path) -> None:
+        """Go on from where `save` kept the run last, if it did."""
+        found = load_block(work, last_block(work))
+        if found is None:
+            return
+        tensors, facts = found
+        for name in _KEPT:
+            setattr(self, name, facts[name])
+        self.best = {name: tensors[f"best/{name}"] for name in self.leaves}
+        self.restart()
+        with torch.no_grad():
+            for name, leaf in self.leaves.items():
+                leaf.copy_(tensors[f"leaf/{name}"])
+                parts: dict[str, Any] = {p: tensors[f"{p}/{name}"] for p in _MOMENTS if f"{p}/{name}" in tensors}
+                if parts:
+                    self.optimiser.state[leaf] = parts
+        self.generator.set_state(tensors["order"])
+
+
+def train(
+    problem: Problem, recipe: Recipe, seed: int, step: Callable[[], None] = lambda: None, work: Path | None = None
+) -> Outcome:
     """Return the state that is best on batches kept for judging, the start among those compared.
 
-    step: called after every epoch. The order of batches depends on `seed` alone. A loss or gradient that is not finite,
-    and a judged loss twice the best one, send training back to the best state.
+    step: called after every step; work: a folder in which the run is kept after every epoch, and from which it goes on.
+    The order of batches depends on `seed` alone. A loss or gradient that is not finite, and a judged loss twice the
+    best one, send training back to the best state.
     """
-    start, loss, batches = problem.start, problem.loss, problem.batches
+    loss, batches = problem.loss, problem.batches
     trained, _ = split(batches)
-    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
-    before = judge(leaves, loss, batches)
-    least = before if math.isfinite(before) else math.inf
-    run = _Run(leaves, problem.rates, {n: t.detach().clone() for n, t in start.items()}, least)
-    generator = torch.Generator().manual_seed(seed)
-    done, steps = 0, max(1, recipe.epochs * len(trained))
-    for epoch in range(recipe.epochs):
-        order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
-        why = _epoch(run, loss, order, recipe, epoch * len(trained) / steps, steps)
-        after = judge(leaves, loss, batches) if not why else math.nan
-        done += 1
-        step()
+    run = _begun(problem, seed)
+    if work is not None:
+        run.resume(work)
+    if run.done == 0:
+        run.before = judge(run.leaves, loss, batches)
+        run.least = run.before if math.isfinite(run.before) else math.inf
+    steps = max(1, recipe.epochs * len(trained))
+    while run.done < recipe.epochs and len(run.events) <= recipe.rollbacks:
+        order = [trained[i] for i in torch.randperm(len(trained), generator=run.generator).tolist()]
+        why = _epoch(run, loss, order, recipe, run.done * len(trained) / steps, steps, step)
+        after = judge(run.leaves, loss, batches) if not why else math.nan
+        run.done += 1
         if not why and after < run.least:
-            run.best, run.least = {n: t.detach().clone() for n, t in leaves.items()}, after
+            run.best, run.least = {n: t.detach().clone() for n, t in run.leaves.items()}, after
         elif why or not after <= _DIVERGED * run.least:
             if len(run.events) == recipe.rollbacks:
                 run.events.append("training ended early, with the best state so far")
-                break
-            run.go_back(f"epoch {epoch + 1}: " + (why or f"the loss rose from {run.least:.4g} to {after:.4g}"))
-    return Outcome(run.best, before, run.least, done, tuple(run.events))
+            else:
+                run.go_back(f"epoch {run.done}: " + (why or f"the loss rose from {run.least:.4g} to {after:.4g}"))
+        if work is not None:
+            run.save(work)
+    return Outcome(run.best, run.before, run.least, run.done, tuple(run.events))
+
+
+def _begun(problem: Problem, seed: int) -> _Run:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in problem.start.items()}
+    best = {name: tensor.detach().clone() for name, tensor in problem.start.items()}
+    return _Run(leaves, problem.rates, best, math.nan, math.inf, torch.Generator().manual_seed(seed))
 
 
 def split(batches: int) -> tuple[Sequence[int], Sequence[int]]:
@@ -132,7 +186,9 @@ def split(batches: int) -> tuple[Sequence[int], Sequence[int]]:
     return range(batches - spared), range(batches - spared if spared else 0, batches)
 
 
-def _epoch(run: _Run, loss: Loss, order: Sequence[int], recipe: Recipe, begun: float, steps: int) -> str:
+def _epoch(
+    run: _Run, loss: Loss, order: Sequence[int], recipe: Recipe, begun: float, steps: int, step: Callable[[], None]
+) -> str:
     """Train on each batch once; return why the epoch was broken off, or nothing."""
     typical = 0.0
     for index, batch in enumerate(order):
@@ -149,6 +205,7 @@ def _epoch(run: _Run, loss: Loss, order: Sequence[int], recipe: Recipe, begun: f
             norm = limit
         typical = norm if not typical else _MEMORY * typical + (1 - _MEMORY) * norm
         run.optimiser.step()
+        step()
     return ""
 
 

@@ -1,9 +1,10 @@
-"""How far a block's output is from where it should be, so that no single token governs it."""
+"""What training makes small: a block's distance from where it should be, or that of the model's predictions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # Tokens weaker than this share of the median energy are not weighed up further; a mean would follow massive tokens.
 _FLOOR = 1e-3
@@ -25,3 +26,14 @@ def plain_loss(found: Tensor, target: Tensor) -> Tensor:
     """Return the mean of squared errors (OmniQuant, 2308.13137, eq. 1)."""
     loss: Tensor = (found - target).square().mean()
     return loss
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the mean cross-entropy, in nats, of each next token of ids [batch, seq]; logits [batch, seq, vocab]."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def teacher_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean over positions of KL(teacher || student), in nats; both are logits [batch, seq, vocabulary]."""
+    student, teacher = (functional.log_softmax(x.flatten(0, -2), -1) for x in (logits, wanted))
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -35,8 +35,8 @@ _SCALES, _OFFSETS = "scales", "offsets"
 class CodedWeight:
     """A weight sum_i worth_i * scale_(i) * D_i + offset in float32, D the digits of its codes.
 
-    digits: [P, N, G, group], padded with zeros; worth: [P], what a digit of each plane counts; scales: [tiles, G, S];
-    offsets: [tiles, G] or None.
+    digits: int8 or int16 [P, N, G, group], padded with zeros; worth: [P], what a digit of each plane counts; scales:
+    [tiles, G, S]; offsets: [tiles, G] or None.
     """
 
     codes: QuantCodes | ShiftCodes
@@ -106,14 +106,19 @@ def coded_weight(codes: QuantCodes | ShiftCodes) -> CodedWeight:
         return _whole(codes, whole, expand_rows(decode_zeros(codes).float(), codes.row_group, codes.rows), codes.group)
     digits = torch.stack([_grouped(decode_plane(codes, i).float(), codes.group) for i in range(codes.planes)])
     worth = torch.tensor([sum(2.0**e for e in codes.meaning.digit_powers(i)) for i in range(codes.planes)])
-    return CodedWeight(codes, digits, worth, _scales_of(codes), _offsets_of(codes))
+    return CodedWeight(codes, _narrow(digits), worth, _scales_of(codes), _offsets_of(codes))
 
 
 def _whole(codes: QuantCodes | ShiftCodes, whole: Tensor, zeros: Tensor, group: int) -> CodedWeight:
     """Return a weight (whole - zero) * scale."""
     parts = _grouped(whole, group)
     live = _grouped(torch.ones_like(whole), group)
-    return CodedWeight(codes, ((parts - zeros[..., None]) * live)[None], torch.ones(1), _scales_of(codes), None)
+    digits = _narrow(((parts - zeros[..., None]) * live)[None])
+    return CodedWeight(codes, digits, torch.ones(1), _scales_of(codes), None)
+
+
+def _narrow(digits: Tensor) -> Tensor:
+    return digits.to(torch.int8 if int(digits.abs().max()) < 128 else torch.int16)
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:
