@@ -26,6 +26,10 @@ class Rotate(Pass):
     online: bool = field(default=True, metadata={"help": "insert operators; without, only attention's values turn"})
     seed: int = field(default=0, metadata={"help": "of the random signs"})
     skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave alone, `*` stands for any text"})
+    residual: bool = field(
+        default=False,
+        metadata={"help": "turn the residual stream, by the weights that write and read it where norms allow it"},
+    )
     side: Side = field(default="inputs", metadata={"help": "both: outputs as well, turned back by an operator each"})
 
     name: ClassVar[str] = "rotate"
@@ -39,12 +43,11 @@ class Rotate(Pass):
     def plan(self, program: Program) -> list[PlanRow]:
         """Return a row per linear to be rotated, and one per operator with its additions a token."""
         sites = choose_sites(program, _block_nodes(program), self.skip, Context())
-        plan = plan_rotation(program, sites, self.seed, self.online, self.side)
+        plan = plan_rotation(program, sites, self.seed, self.online, self.side, self.residual)
         rows = [PlanRow(s.name, "rotate", {"order": float(plan.order(s))}) for s in plan.turns]
-        return [
-            *rows,
-            *(PlanRow(t.sites[0].name, "insert nomul.hadamard", {"adds": float(t.adds)}) for t in plan.online),
-        ]
+        rows += [PlanRow(t.sites[0].name, "insert nomul.hadamard", {"adds": float(t.adds)}) for t in plan.online]
+        ends = [(value.name, found.adds) for found in plan.streams for value, _ in found.ends]
+        return [*rows, *(PlanRow(name, "insert nomul.hadamard", {"adds": float(adds)}) for name, adds in ends)]
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rotate the linears of the repeated blocks; those outside stay, as nothing quantises them."""
@@ -52,7 +55,7 @@ class Rotate(Pass):
         inside = _block_nodes(program)
         sites = choose_sites(program, inside, self.skip, ctx)
         outside_blocks(program, inside, self.skip, ctx)
-        done = rotate_sites(program, sites, self.seed, self.name, self.online, self.side)
+        done = rotate_sites(program, sites, self.seed, self.name, self.online, self.side, self.residual)
         for site, reason in done.left:
             ctx.log.skip(site, reason)
         for row in done.sites:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +17,9 @@ from ir.program import Program, tensor_type_of
 from passes.equiv.heads import ValueHeads, value_heads
 from passes.equiv.operands import write_operand
 from passes.equiv.turns import Turn, peak, random_signs, turned_bias, turned_weight
+from passes.equiv.walk import Blocked
 from passes.sites import weights_of
+from passes.stream_rotation import StreamTurn, stream_turn, write_ends
 
 nomul = torch.ops.nomul
 Side = Literal["inputs", "both"]
@@ -47,6 +49,7 @@ class RotationPlan:
     """What is to be turned: each linear's weight, by which operators at run time, and (site, reason) of what is not."""
 
     turns: dict[LinearSite, list[Turn]] = field(default_factory=dict)
+    streams: list[StreamTurn] = field(default_factory=list)
     online: list[OnlineTurn] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
@@ -75,30 +78,44 @@ class Rotation:
 
 
 def rotate_sites(
-    program: Program, sites: Sequence[LinearSite], seed: int, by: str, online: bool = True, side: Side = "inputs"
+    program: Program,
+    sites: Sequence[LinearSite],
+    seed: int,
+    by: str,
+    online: bool = True,
+    side: Side = "inputs",
+    residual: bool = False,
 ) -> Rotation:
     """Put the weights of sites into random bases, exactly: W x = (W D H^T / n) (H D x); return what was done.
 
     The rotation H D of order n is `nomul::hadamard` on the input of all sites that read it together, or, for the values
     of attention heads, part of the weights that make them, so that nothing is left at run time. Computed in float64,
     rounded once to the weights' dtype. online: whether operators may be inserted; side: `both` turns outputs as well
-    and turns them back by an operator. The signs D follow from the seed and the place alone, not from the other sites.
+    and turns them back by an operator; residual: turn the residual stream by the weights that write and read it, where
+    they allow it. The signs D follow from the seed and the place alone, not from the other sites.
     A site that was rotated before is left. Raises UnsupportedError for a weight that is not finite.
     """
-    plan = plan_rotation(program, sites, seed, online, side)
+    plan = plan_rotation(program, sites, seed, online, side, residual)
     editor = Editor(program, by)
-    turned = [site for site in sites if site in plan.turns]
+    turned = sorted(plan.turns, key=lambda site: site.node)
     done = tuple(_write_site(editor, site, plan.turns[site], plan.order(site)) for site in turned)
-    inserted = tuple((_insert(editor, turn).name, turn.adds) for turn in plan.online)
+    inserted = [(_insert(editor, turn).name, turn.adds) for turn in plan.online]
+    for found in plan.streams:
+        inserted += [(node.name, found.adds) for node in write_ends(editor, found)]
     if turned:
-        names = {site.node.name for site in turned}
+        names = {site.node.name for site in turned if any(turn.axis == "cols" for turn in plan.turns[site])}
         program.attributes[ROTATED] = sorted({*program.attributes.get(ROTATED, []), *names})
         program.version += 1
-    return Rotation(done, inserted, tuple(plan.left))
+    return Rotation(done, tuple(inserted), tuple(plan.left))
 
 
 def plan_rotation(
-    program: Program, sites: Sequence[LinearSite], seed: int, online: bool = True, side: Side = "inputs"
+    program: Program,
+    sites: Sequence[LinearSite],
+    seed: int,
+    online: bool = True,
+    side: Side = "inputs",
+    residual: bool = False,
 ) -> RotationPlan:
     """Return what `rotate_sites` would do, changing nothing."""
     plan = RotationPlan()
@@ -108,6 +125,8 @@ def plan_rotation(
     heads, blocked = value_heads(program, own)
     for found in heads:
         _turn_values(plan, found, own, seed)
+    if residual:
+        _turn_stream(plan, program, own, seed, online)
     read = [s for s in own.values() if not _covered(plan, s, "cols", s.inputs)]
     if not online:
         plan.left.extend(blocked)
@@ -132,6 +151,20 @@ def _turn_values(plan: RotationPlan, found: ValueHeads, own: dict[fx.Node, Linea
         for slot in slots:
             turn = Turn(axis, slot.channels.flatten(), signs[slot.heads].flatten(), order, order**-0.5)  # type: ignore[arg-type]
             plan.turns.setdefault(own[slot.node], []).append(turn)
+
+
+def _turn_stream(
+    plan: RotationPlan, program: Program, own: Mapping[fx.Node, LinearSite], seed: int, online: bool
+) -> None:
+    """Turn the residual stream, or leave it where that is not exact."""
+    try:
+        found = stream_turn(program, own, seed, online)
+    except Blocked as reason:
+        plan.left.append(("residual stream", str(reason)))
+        return
+    plan.streams.append(found)
+    for site, turn in found.turns():
+        plan.turns.setdefault(site, []).append(turn)
 
 
 def _turn_inputs(plan: RotationPlan, group: Sequence[LinearSite], seed: int) -> None:

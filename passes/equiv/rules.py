@@ -30,7 +30,7 @@ MOVES = _packets(
 )
 CASTS = _packets("to _to_copy type_as")
 # Operators that read only the shape of their argument.
-_SHAPES = _packets("sym_size sym_numel empty_like zeros_like ones_like full_like new_zeros new_ones new_full")
+SHAPES = _packets("sym_size sym_numel empty_like zeros_like ones_like full_like new_zeros new_ones new_full")
 LINEARS = (aten.linear, nomul.grouped_linear)
 NORMS = (aten.rms_norm, aten.layer_norm)
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
@@ -52,7 +52,7 @@ def _move(walk: Walk, node: fx.Node) -> Labels:
     return walk.moved(node)
 
 
-@_rule(_SHAPES)
+@_rule(SHAPES)
 def _shape_only(walk: Walk, node: fx.Node) -> None:
     del walk, node
 
