@@ -16,7 +16,7 @@ from ir.ops.packing import pack_bits
 from ir.program import Program, tensor_type_of
 from passes.equiv.heads import ValueHeads, value_heads
 from passes.equiv.operands import write_operand
-from passes.equiv.turns import Turn, peak, random_signs, turned_bias, turned_weight
+from passes.equiv.turns import Mix, Turn, peak, random_signs, turned_bias, turned_weight
 from passes.equiv.walk import Blocked
 from passes.sites import weights_of
 from passes.stream_rotation import StreamTurn, stream_turn, write_ends
@@ -48,14 +48,15 @@ class OnlineTurn:
 class RotationPlan:
     """What is to be turned: each linear's weight, by which operators at run time, and (site, reason) of what is not."""
 
-    turns: dict[LinearSite, list[Turn]] = field(default_factory=dict)
+    turns: dict[LinearSite, list[Turn | Mix]] = field(default_factory=dict)
     streams: list[StreamTurn] = field(default_factory=list)
+    values: list[ValueHeads] = field(default_factory=list)
     online: list[OnlineTurn] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
     def order(self, site: LinearSite) -> int:
         """Return the order of the rotation of a site's inputs, 1 where only its outputs turn."""
-        return max((t.order for t in self.turns[site] if t.axis == "cols"), default=1)
+        return max((t.order for t in self.turns[site] if isinstance(t, Turn) and t.axis == "cols"), default=1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,11 @@ def rotate_sites(
     they allow it. The signs D follow from the seed and the place alone, not from the other sites.
     A site that was rotated before is left. Raises UnsupportedError for a weight that is not finite.
     """
-    plan = plan_rotation(program, sites, seed, online, side, residual)
+    return write_rotation(program, plan_rotation(program, sites, seed, online, side, residual), by)
+
+
+def write_rotation(program: Program, plan: RotationPlan, by: str) -> Rotation:
+    """Do what a plan says, in place; return what was done."""
     editor = Editor(program, by)
     turned = sorted(plan.turns, key=lambda site: site.node)
     done = tuple(_write_site(editor, site, plan.turns[site], plan.order(site)) for site in turned)
@@ -147,6 +152,7 @@ def _turn_values(plan: RotationPlan, found: ValueHeads, own: dict[fx.Node, Linea
         return
     place = f"{site_name(found.sinks[0].node)}/values"
     signs = random_signs(seed, place, found.count * found.width).view(found.count, found.width)
+    plan.values.append(found)
     for axis, slots in (("rows", found.sources), ("cols", found.sinks)):
         for slot in slots:
             turn = Turn(axis, slot.channels.flatten(), signs[slot.heads].flatten(), order, order**-0.5)  # type: ignore[arg-type]
@@ -163,8 +169,8 @@ def _turn_stream(
         plan.left.append(("residual stream", str(reason)))
         return
     plan.streams.append(found)
-    for site, turn in found.turns():
-        plan.turns.setdefault(site, []).append(turn)
+    for site, axis in found.sides():
+        plan.turns.setdefault(site, []).extend(found.chain(axis))
 
 
 def _turn_inputs(plan: RotationPlan, group: Sequence[LinearSite], seed: int) -> None:
@@ -203,7 +209,7 @@ def _covered(plan: RotationPlan, site: LinearSite, axis: str, count: int) -> boo
     return bool(mine) and torch.cat(mine).unique().numel() == count
 
 
-def _write_site(editor: Editor, site: LinearSite, turns: Sequence[Turn], order: int) -> Rotated:
+def _write_site(editor: Editor, site: LinearSite, turns: Sequence[Turn | Mix], order: int) -> Rotated:
     """Write weight and bias of a site in their new bases, each rounded once."""
     program = editor.program
     wide = weights_of(program, [site], editor.by)

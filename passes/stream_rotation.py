@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ir.analysis import LinearSite, layout, linear_sites
 from ir.edit import Editor
 from ir.ops.hadamard import block_order, hadamard_cost
 from ir.ops.packing import pack_bits
-from ir.program import Program
+from ir.program import Program, tensor_type_of
 from passes.equiv.residual import ResidualStream, residual_stream
-from passes.equiv.turns import Turn, random_signs, turned_weight
+from passes.equiv.turns import Mix, Turn, random_signs, turned_weight
 from passes.equiv.walk import Blocked
 
 aten, nomul = torch.ops.aten, torch.ops.nomul
@@ -24,15 +24,19 @@ Axis = Literal["rows", "cols"]
 
 @dataclass(frozen=True, eq=False)
 class StreamTurn:
-    """An orthonormal rotation H D / sqrt(order) of the residual stream; signs: u8[width], 1 is +1, the diagonal D."""
+    """An orthonormal rotation M H D / sqrt(order) of the residual stream.
+
+    signs: u8[width], 1 is +1, the diagonal D; mix: f64[width, width], the orthogonal M, or None for the identity.
+    """
 
     stream: ResidualStream
-    signs: torch.Tensor
+    signs: Tensor
     order: int
+    mix: Tensor | None = None
 
     @property
     def adds(self) -> int:
-        """Additions that an operator which turns the stream takes a token."""
+        """Additions that an operator which turns the stream takes a token, a matrix product for a mix apart."""
         return hadamard_cost(self.stream.width, self.order, tokens=1).adds
 
     @property
@@ -41,17 +45,16 @@ class StreamTurn:
         found = [] if self.stream.before is not None else [(self.stream.entry, False)]
         return found if self.stream.after else [*found, (self.stream.exit, True)]
 
-    def turns(self) -> Iterator[tuple[LinearSite, Turn]]:
-        """Yield each linear that writes or reads the stream, with the turn of its rows or columns."""
-        for site in self.stream.writers:
-            yield site, self.turn("rows")
-        for site in (*self.stream.readers, *self.stream.after):
-            yield site, self.turn("cols")
+    def sides(self) -> Iterator[tuple[LinearSite, Axis]]:
+        """Yield each linear that writes the stream by its rows, or reads it by its columns."""
+        yield from ((site, "rows") for site in self.stream.writers)
+        yield from ((site, "cols") for site in (*self.stream.readers, *self.stream.after))
 
-    def turn(self, axis: Axis) -> Turn:
-        """Return the rotation as a turn of the rows or columns of a weight."""
+    def chain(self, axis: Axis) -> list[Turn | Mix]:
+        """Return the rotation as turns of the rows or columns of a weight."""
         channels = torch.arange(self.stream.width)
-        return Turn(axis, channels, self.signs, self.order, self.order**-0.5)
+        first = Turn(axis, channels, self.signs, self.order, self.order**-0.5)
+        return [first] if self.mix is None else [first, Mix(axis, channels, self.mix[None])]
 
 
 def stream_turn(program: Program, own: Mapping[fx.Node, LinearSite], seed: int, online: bool) -> StreamTurn:
@@ -74,22 +77,32 @@ def write_ends(editor: Editor, found: StreamTurn) -> list[fx.Node]:
     """Turn the stream where it begins, in a table or by an operator, and back where it ends; return the operators."""
     program, table = editor.program, found.stream.before
     if table is not None:
-        value = program.value(table)
-        editor.param(str(table.target), turned_weight(value.double(), [found.turn("cols")]).to(value.dtype))
-    if not found.ends:
-        return []
-    signs = editor.param(editor.fresh("residual.signs"), pack_bits(found.signs, 1))
+        old = program.value(table)
+        editor.param(str(table.target), turned_weight(old.double(), found.chain("cols")).to(old.dtype))
+    signs = None
+    if found.ends and found.mix is None:
+        signs = editor.param(editor.fresh("residual.signs"), pack_bits(found.signs, 1))
     behind = {*layout(program).epilogue, *program.graph.find_nodes(op="output")}
-    return [_insert(editor, found, value, back, signs, behind) for value, back in found.ends]
+    made = []
+    for value, back in found.ends:
+        readers = {user for user in value.users if not back or user in behind}
+        new, last = _product(editor, found, value, back) if signs is None else _sums(editor, found, value, back, signs)
+        value.replace_all_uses_with(last, delete_user_cb=readers.__contains__, propagate_meta=False)
+        made.append(new)
+    return made
 
 
-def _insert(
-    editor: Editor, found: StreamTurn, value: fx.Node, back: bool, signs: fx.Node, behind: set[fx.Node]
-) -> fx.Node:
-    """Turn one end of the stream; behind: what comes after the blocks, which alone reads what is turned back."""
-    readers = {user for user in value.users if not back or user in behind}
+def _sums(editor: Editor, found: StreamTurn, value: fx.Node, back: bool, signs: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Insert the rotation of a value by additions; return the operator, and the value that it comes to."""
     place = editor.before(value.next)
     new = place.call(nomul.hadamard, value, signs, found.order, back, like=value, name=f"{value.name}_hadamard")
-    scaled = place.call(aten.mul, new, found.order**-0.5, like=value, name=f"{value.name}_turned")
-    value.replace_all_uses_with(scaled, delete_user_cb=readers.__contains__, propagate_meta=False)
-    return new
+    return new, place.call(aten.mul, new, found.order**-0.5, like=value, name=f"{value.name}_turned")
+
+
+def _product(editor: Editor, found: StreamTurn, value: fx.Node, back: bool) -> tuple[fx.Node, fx.Node]:
+    """Insert the rotation of a value by a matrix."""
+    matrix = turned_weight(torch.eye(found.stream.width, dtype=torch.float64), found.chain("rows"))
+    held = (matrix.T if back else matrix).contiguous().to(tensor_type_of(value).dtype)
+    weight = editor.param(editor.fresh("residual.matrix"), held)
+    new = editor.before(value.next).call(aten.linear, value, weight, like=value, name=f"{value.name}_turned")
+    return new, new

@@ -20,7 +20,7 @@ from passes.stream import Step, calibration
 from passes.training.loop import Problem
 from passes.training.loss import next_token_loss, plain_loss, teacher_loss, token_loss
 from passes.training.scales import CodedWeight, coded_weight
-from passes.training.whole import whole_function
+from passes.training.whole import teacher_of, whole_function
 
 Loss = Literal["token", "plain", "kl", "ce"]
 
@@ -86,18 +86,13 @@ def whole_problem(
     last: the last block of a walk on the float model. Of that model only what this block gives is kept, and its head.
     """
     rows = calibration(ctx)
-    model, teacher = whole_function(program, [part.free for part in parts]), whole_function(last.original, None)
-    exits = last.float_exits()
+    model, teacher = whole_function(program, [part.free for part in parts]), teacher_of(last)
 
     def found(state: Mapping[str, Tensor], batch: int) -> Tensor:
         ids = rows[batch]
         values = model.start(ids)
         logits = model.logits(model.exits([partial(part.params, state) for part in parts], values), values)
-        if loss == "ce":
-            return next_token_loss(logits, ids)
-        with torch.no_grad():
-            wanted = teacher.logits(exits[batch], teacher.start(ids))
-        return teacher_loss(logits, wanted)
+        return next_token_loss(logits, ids) if loss == "ce" else teacher_loss(logits, teacher.logits(ids, batch))
 
     def release() -> None:
         model.release()

@@ -16,6 +16,7 @@ from ir.ops.hadamard import hadamard_matrix
 from ir.program import Program
 from ir.verify import verify
 from passes.base import Context, Log
+from passes.fold import Fold
 from passes.rotate import Rotate
 from tests.architectures import (
     VOCAB,
@@ -25,6 +26,7 @@ from tests.architectures import (
     prefill_and_decode,
     randomise,
     relative_error,
+    traced,
 )
 
 aten, nomul = torch.ops.aten, torch.ops.nomul
@@ -65,6 +67,13 @@ def nasty(program: Program) -> Program:
         scales = 10.0 ** (12 * torch.rand(weight.shape, generator=generator, dtype=F64) - 6)
         Editor(wide, "test").param(name, torch.nn.functional.normalize(weight * scales, dim=-1))
     return wide
+
+
+def folded(name: str, layers: int = 2) -> Program:
+    """A tiny model in float64 without gains, its weights spread over twelve decades within every row."""
+    program = doubled(traced(name, layers)[0])
+    Fold().run(program, Context())
+    return nasty(program)
 
 
 def linear_weights(program: Program) -> list[str]:

@@ -13,12 +13,11 @@ from ir.verify import verify
 from passes.base import Context, Log
 from passes.equiv.residual import residual_stream
 from passes.equiv.walk import Blocked
-from passes.fold import Fold
 from passes.manager import Settings, run_pipeline
 from passes.pipeline import parse
 from passes.rotate import Rotate
 from tests.architectures import doubled, traced
-from tests.rotation_cases import error, nasty, ops, rotated, sites_of, turn_matrix
+from tests.rotation_cases import error, folded, ops, rotated, sites_of, turn_matrix
 
 TURNED = {"llama": 2, "llama_untied": 0, "qwen2": 0, "qwen3": 0, "mistral": 0, "phi3": 0, "gemma": 2}
 LEFT = {
@@ -29,13 +28,6 @@ LEFT = {
     "gemma2": "gains",
     "mixtral": "neither a linear",
 }
-
-
-def folded(name: str, layers: int = 2) -> Program:
-    """A tiny model in float64 without gains, its weights spread over twelve decades within every row."""
-    program = doubled(traced(name, layers)[0])
-    Fold().run(program, Context())
-    return nasty(program)
 
 
 @pytest.mark.parametrize(("name", "ends"), TURNED.items())

@@ -29,33 +29,62 @@ class Turn:
     scale: float
 
 
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """A further change of basis by orthogonal matrices: columns w of a linear become w M^T, its rows M W.
+
+    channels: i64[b * k]; matrices: [b, k, k], one for each k channels in that order.
+    """
+
+    axis: Literal["rows", "cols"]
+    channels: Tensor
+    matrices: Tensor
+
+
+def cayley(entries: Tensor) -> Tensor:
+    """Return orthogonal matrices [..., k, k] for any entries [..., k, k], the identity for zeros; differentiable.
+
+    (I - A/2)^-1 (I + A/2) of the skew part A of the entries: the Cayley transform, by whose steps SpinQuant
+    (2405.16406, section 3.3) learns rotations.
+    """
+    half = (entries - entries.mT) / 4
+    one = torch.eye(entries.shape[-1], dtype=entries.dtype)
+    found: Tensor = torch.linalg.solve(one - half, one + half)
+    return found
+
+
 def random_signs(seed: int, place: str, count: int) -> Tensor:
     """Return `count` random bits u8 that depend on the seed and the place alone, the same on every machine."""
     digest = hashlib.shake_256(f"{seed}:{place}".encode()).digest(packed_length(count, 1))
     return unpack_bits(torch.frombuffer(bytearray(digest), dtype=torch.uint8), 1, count)
 
 
-def turned_weight(weight: Tensor, turns: Iterable[Turn]) -> Tensor:
-    """Return a weight f64[N, K] in its new basis; each channel may be in one turn of rows and one of columns."""
-    out = weight.clone()
+def turned_weight(weight: Tensor, turns: Iterable[Turn | Mix]) -> Tensor:
+    """Return a weight [N, K] in its new basis, one turn after another; differentiable."""
     for turn in turns:
-        if turn.axis == "cols":
-            out[:, turn.channels] = _turned(out[:, turn.channels], turn)
-        else:
-            out[turn.channels] = _turned(out[turn.channels].T, turn).T
-    return out
+        weight = _replaced(weight, turn) if turn.axis == "cols" else _replaced(weight.T, turn).T
+    return weight
 
 
-def turned_bias(bias: Tensor, turns: Iterable[Turn]) -> Tensor:
-    """Return the bias f64[N] of such a weight, which follows the rows."""
-    out = bias.clone()
+def turned_bias(bias: Tensor, turns: Iterable[Turn | Mix]) -> Tensor:
+    """Return the bias [N] of such a weight, which follows the rows."""
     for turn in turns:
         if turn.axis == "rows":
-            out[turn.channels] = _turned(out[turn.channels], turn)
-    return out
+            bias = _replaced(bias, turn)
+    return bias
 
 
-def _turned(x: Tensor, turn: Turn) -> Tensor:
+def _replaced(x: Tensor, turn: Turn | Mix) -> Tensor:
+    """Return x [..., K] with the channels of a turn in its basis."""
+    if torch.equal(turn.channels, torch.arange(x.shape[-1])):
+        return _turned(x, turn)
+    return x.index_copy(-1, turn.channels, _turned(x[..., turn.channels], turn))
+
+
+def _turned(x: Tensor, turn: Turn | Mix) -> Tensor:
+    if isinstance(turn, Mix):
+        parts = x.unflatten(-1, turn.matrices.shape[:2])
+        return torch.einsum("bij,...bj->...bi", turn.matrices, parts).flatten(-2)
     turned: Tensor = hadamard(x, pack_bits(turn.signs, 1), turn.order)
     return turned * turn.scale
 

@@ -14,6 +14,8 @@ from ir.analysis import Layout, between, layout
 from ir.execute import empty_inputs
 from ir.program import Program, release
 from ir.region import Region, region
+from passes.activations import Shelf
+from passes.stream import Step
 
 Params = Mapping[str, Tensor]
 Values = Mapping[str, Tensor]
@@ -95,3 +97,25 @@ def whole_function(program: Program, free: Sequence[Sequence[str]] | None) -> Wh
 
 def _run(part: _Part, own: Callable[[], Params], values: Values, entry: str, x: Tensor) -> Tensor:
     return part(own(), {**values, entry: x})[0]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a float model predicts, of which only its last block's exits are kept, and its head."""
+
+    _function: WholeFunction
+    _exits: Shelf
+
+    def logits(self, ids: Tensor, batch: int) -> Tensor:
+        """Return the logits [batch, seq, vocabulary] for the token ids of a batch of calibration."""
+        with torch.no_grad():
+            return self._function.logits(self._exits[batch], self._function.start(ids))
+
+    def release(self) -> None:
+        """Let go of all parameters."""
+        self._function.release()
+
+
+def teacher_of(last: Step) -> Teacher:
+    """Return the float model of a walk as a teacher; last: the walk's step at the last block."""
+    return Teacher(whole_function(last.original, None), last.float_exits())
