@@ -26,6 +26,7 @@ _BUILT_IN = {
     "rtn": "passes.rtn:Rtn",
     "gptq": "passes.gptq:Gptq",
     "omniquant": "passes.omniquant:Omniquant",
+    "cbq": "passes.cbq:Cbq",
     "act": "passes.act:Act",
     "kv": "passes.kv:Kv",
     "tune-scales": "passes.tune_scales:TuneScales",

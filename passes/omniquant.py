@@ -20,8 +20,8 @@ from passes.kv import Kv
 from passes.learned_block import LearnedBlock
 from passes.presets import FAST_EPOCHS, FLOAT, PRESETS, Preset, Settled
 from passes.quantize.hessian import Gram
-from passes.quantize.salience import row_energy
-from passes.quantize.uniform import packed_bytes, searched
+from passes.quantize.trials import searched_trials
+from passes.quantize.uniform import packed_bytes
 from passes.scale_search import SearchSpec, reads, search_block
 from passes.sites import check_group, check_skip, choose_sites, outside_blocks, weights_of
 from passes.solved import restore_floats, restore_solved, save_solved
@@ -192,12 +192,7 @@ class Omniquant(Pass):
     ) -> list[Trial]:
         """Return the site rounded at each width, in the ranges that training starts from."""
         del ctx
-        importance, found = None if gram is None else gram.matrix.diagonal(), []
-        for bits in choices:
-            group = self.settled().group_of(site)
-            codes = searched(weight, bits, group, self.symmetric, importance=importance)
-            found.append(Trial(bits, self.stored_bytes(site, bits), row_energy(weight - codes.dequantize(), gram)))
-        return found
+        return searched_trials(weight, gram, choices, self.settled().group_of(site), self.symmetric)
 
     def _check_group(self, sites: Sequence[LinearSite]) -> None:
         group = self.settled().group

@@ -134,11 +134,14 @@ class Step:
             raise ValueError("this walk carries no float stream")
         return self._float_block
 
-    def function(self, free: Sequence[str]) -> BlockFunction:
-        """Return the block as it is now, on the compressed stream, as a function of the parameters `free`."""
+    def function(self, free: Sequence[str], through: int | None = None) -> BlockFunction:
+        """Return the block as it is now, on the compressed stream, as a function of the parameters `free`.
+
+        through: the index of a later block, up to whose exit the function then goes.
+        """
         if self._compressed is None:
             raise ValueError("this walk carries no compressed stream")
-        part = _whole(self._compressed, self.block)
+        part = _whole(self._compressed, self.block, through)
         flow = self._compressed
         return BlockFunction(tuple(free), len(flow.entry), part.function(free), part, flow, self.block)
 
@@ -149,6 +152,12 @@ class Step:
         if not len(self._float.ready):
             self._float.ready = shelved(self._float.ready.room, _exits(self._float, self._float_block))
         return self._float.ready
+
+    def float_window(self, through: int) -> Shelf:
+        """Return what the float model gives at the exit of a later block, per batch; the caller clears it."""
+        if self._float is None or self._float_block is None:
+            raise ValueError("this walk carries no float stream")
+        return shelved(self._float.entry.room, _exits(self._float, self._float_block, through))
 
     def original_exits(self) -> Shelf:
         """Return what the original block gives on the compressed stream, per batch; the caller clears it."""
@@ -309,9 +318,9 @@ def _advance(flow: _Flow, block: Block) -> None:
         flow.entry[batch] = value
 
 
-def _exits(flow: _Flow, block: Block) -> Iterator[Tensor]:
-    """Yield each batch's exit of a block as it is now."""
-    part = _whole(flow, block)
+def _exits(flow: _Flow, block: Block, through: int | None = None) -> Iterator[Tensor]:
+    """Yield each batch's exit of a block, or of a later one, as it is now."""
+    part = _whole(flow, block, through)
     module = part.module(decode=True)
     for batch in range(len(flow.entry)):
         with products_in(flow.precision):
@@ -325,6 +334,7 @@ def _by_name(flow: _Flow, block: Block) -> dict[str, fx.Node]:
     return {node.name: node for node in (block.entry, *_whole(flow, block).nodes)}
 
 
-def _whole(flow: _Flow, block: Block) -> Region:
-    """Return a block from entry to exit, as it is now."""
-    return region(flow.program, between(flow.program, block.entry, block.exit, _outside(flow)), [block.exit])
+def _whole(flow: _Flow, block: Block, through: int | None = None) -> Region:
+    """Return a block from entry to exit, or to the exit of a later one, as it is now."""
+    last = block.exit if through is None else flow.plan.blocks[through].exit
+    return region(flow.program, between(flow.program, block.entry, last, _outside(flow)), [last])

@@ -459,3 +459,18 @@ def test_the_command_in_a_shell(tiny_hf: Path, tmp_path: Path) -> None:
         "error: the output directory exists\n"
         f"  at: {tmp_path / 'out'}\n  try: choose another --out, or remove it\n"
     )  # fmt: skip
+
+
+def test_work_within_work_is_shown_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    from passes.base import Log
+    from tools.compile import _listener
+
+    with _listener() as listen:
+        log = Log(listener=listen)
+        outer = log.progress(2, "blocks")
+        inner = log.progress(2, "steps")
+        inner()
+        outer()
+        inner()
+        outer()
+    assert [line.partition("  eta")[0] for line in capsys.readouterr().err.splitlines()] == ["steps 2/2"]

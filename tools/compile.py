@@ -132,26 +132,28 @@ def _planned_size(figures: Mapping[str, float]) -> str:
 def _listener() -> Iterator[Callable[[Event], None]]:
     """Give a listener that shows each pass's progress, one bar or line at a time, and its notes.
 
-    The bar is taken down when the run ends in an error too: it hides the cursor while it is up.
+    Work that begins within other work takes its place; the steps of the other are then no longer shown. The bar is
+    taken down when the run ends in an error too: it hides the cursor while it is up.
     """
     from passes.base import Note, Progress
     from tools.console import note, progress
 
     with ExitStack() as bars:
         step: Callable[[str], None] | None = None
+        shown = ""
 
         def listen(event: Event) -> None:
-            nonlocal step
+            nonlocal step, shown
             if isinstance(event, Note):
                 note(f"{event.by}: {event.text}")
             if not isinstance(event, Progress):
                 return
             if event.done == 0:
                 bars.close()
-                step = bars.enter_context(progress(event.label, event.total))
-            elif step is not None:
+                step, shown = bars.enter_context(progress(event.label, event.total)), event.label
+            elif step is not None and event.label == shown:
                 step("")
-            if event.done == event.total:
+            if event.done == event.total and event.label == shown:
                 bars.close()
 
         yield listen
