@@ -30,7 +30,7 @@ class Rotate(Pass):
     seed: int = field(default=0, metadata={"help": "of the random signs"})
     skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave alone, `*` stands for any text"})
     residual: bool = field(
-        default=False,
+        default=True,
         metadata={"help": "turn the residual stream, by the weights that write and read it where norms allow it"},
     )
     learn: int = field(

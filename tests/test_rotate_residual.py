@@ -33,7 +33,7 @@ LEFT = {
 @pytest.mark.parametrize(("name", "ends"), TURNED.items())
 def test_the_function_stays_and_operators_remain_only_at_the_ends(name: str, ends: int) -> None:
     program = folded(name)
-    turned, log = rotated(program, Rotate(residual=True))
+    turned, log = rotated(program, Rotate())
     assert error(turned, program) < 1e-10
     assert not [d for d in log.diagnostics if d.site == "residual stream"]
     inside = {n for block in blocks(turned) for n in block.nodes}
@@ -46,11 +46,11 @@ def test_the_function_stays_and_operators_remain_only_at_the_ends(name: str, end
 @pytest.mark.parametrize(("name", "reason"), LEFT.items())
 def test_where_norms_forbid_it_operators_turn_the_inputs(name: str, reason: str) -> None:
     program = folded(name)
-    turned, log = rotated(program, Rotate(residual=True))
+    turned, log = rotated(program, Rotate())
     assert error(turned, program) < 1e-10
     (why,) = [d.reason for d in log.diagnostics if d.site == "residual stream"]
     assert reason in why
-    assert len(ops(turned)) == len(ops(rotated(program)[0]))
+    assert len(ops(turned)) == len(ops(rotated(program, Rotate(residual=False))[0]))
 
 
 def test_the_stream_is_what_writes_and_reads_it() -> None:
@@ -74,7 +74,7 @@ def _head(program: Program) -> list[LinearSite]:
 
 def test_weights_are_in_the_basis_of_the_signs() -> None:
     program = folded("llama", 1)
-    turned, _ = rotated(program, Rotate(residual=True))
+    turned, _ = rotated(program, Rotate())
     entry = ops(turned)[0]
     signs = unpack_bits(turned.value(entry.args[1]), 1, 64)  # type: ignore[arg-type]
     matrix = turn_matrix(signs, 64) / 8
@@ -89,7 +89,7 @@ def test_weights_are_in_the_basis_of_the_signs() -> None:
 @pytest.mark.parametrize("site", ["o_proj", "down_proj", "q_proj", "up_proj"])
 def test_a_weight_in_the_old_basis_changes_the_function(site: str) -> None:
     program = folded("llama", 1)
-    turned, _ = rotated(program, Rotate(residual=True))
+    turned, _ = rotated(program, Rotate())
     found = next(s for s in sites_of(program) if s.name.endswith(site))
     Editor(turned, "test").param(found.weight, program.params.get(found.weight))
     assert error(turned, program) > 1e-3
@@ -97,7 +97,7 @@ def test_a_weight_in_the_old_basis_changes_the_function(site: str) -> None:
 
 def test_a_weight_that_is_to_stay_leaves_the_stream() -> None:
     program = folded("llama")
-    turned, log = rotated(program, Rotate(residual=True, skip=("model.layers.1.mlp.down_proj",)))
+    turned, log = rotated(program, Rotate(skip=("model.layers.1.mlp.down_proj",)))
     assert error(turned, program) < 1e-10
     assert any(d.site == "residual stream" and "down_proj" in d.reason for d in log.diagnostics)
 
@@ -109,10 +109,10 @@ def test_gains_must_be_folded_first() -> None:
 
 
 def test_without_operators_only_what_weights_take_in_is_turned() -> None:
-    whole, _ = rotated(folded("llama_untied"), Rotate(residual=True, online=False))
+    whole, _ = rotated(folded("llama_untied"), Rotate(online=False))
     assert not ops(whole)
     program = folded("llama")
-    part, log = rotated(program, Rotate(residual=True, online=False))
+    part, log = rotated(program, Rotate(online=False))
     assert error(part, program) < 1e-10 and not ops(part)
     assert any(d.site == "residual stream" and "operator" in d.reason for d in log.diagnostics)
 
@@ -122,14 +122,14 @@ def test_the_manager_finds_it_exact_and_once_is_enough() -> None:
     reports = run_pipeline(program, parse("fold,rotate{residual}"), Context(), Settings(verify="full"))
     assert reports[1].probe_error is not None and reports[1].probe_error < 1e-5
     count, log = len(ops(program)), Log("rotate")
-    Rotate(residual=True).run(program, Context(log=log))
+    Rotate().run(program, Context(log=log))
     verify(program, full=True)
     assert len(ops(program)) == count
 
 
 def test_the_plan_says_what_will_be_done() -> None:
     program = folded("llama")
-    rows = Rotate(residual=True).plan(program)
+    rows = Rotate().plan(program)
     assert [r.site for r in rows if "insert" in r.action and "adds" in r.figures][-2:] == [
         layout(program).blocks[0].entry.name,
         layout(program).blocks[-1].exit.name,

@@ -54,7 +54,7 @@ def test_skipped_sites_are_left_in_their_basis() -> None:
 
 def test_without_operators_every_other_site_has_a_reason() -> None:
     program = doubled(traced("llama", 1)[0])
-    turned, log = rotated(program, Rotate(online=False))
+    turned, log = rotated(program, Rotate(online=False, residual=False))
     assert not ops(turned)
     reasons = {d.site.rpartition(".")[2]: d.reason for d in log.diagnostics}
     assert set(reasons) == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
@@ -66,7 +66,7 @@ def test_a_weight_of_two_linears_is_left_with_its_reason() -> None:
     program = doubled(traced("llama", 1)[0])
     gate, up = (n for n in program.calls(aten.linear) if n.name.endswith(("gate_proj", "up_proj")))
     up.args = (up.args[0], gate.args[1])
-    turned, log = rotated(program)
+    turned, log = rotated(program, Rotate(residual=False))
     assert {d.site.rpartition(".")[2] for d in log.diagnostics} == {"gate_proj", "up_proj", "lm_head"}
     assert all("shared" in d.reason for d in log.diagnostics)
     assert error(turned, program) < 1e-10
@@ -171,7 +171,12 @@ def test_streams_observe_the_turned_inputs() -> None:
 def test_codes_take_the_place_of_turned_weights() -> None:
     program = traced("llama")[0]
     context = Context(calibration=(ids_for(2, 16),))
-    run_pipeline(program, parse_pipeline("fold,rotate,shiftadd{group=16 sweeps=0}"), context, Settings(verify="full"))
+    run_pipeline(
+        program,
+        parse_pipeline("fold,rotate{residual=false},shiftadd{group=16 sweeps=0}"),
+        context,
+        Settings(verify="full"),
+    )
     coded = list(program.calls(nomul.shiftadd_linear))
     assert len(coded) == 14 and len(ops(program)) == 6
     assert sum(is_call(n.args[0], nomul.hadamard) for n in coded) == 12
