@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -100,31 +100,22 @@ class Gptq(Pass):
         for walked in walk(program, ctx, "both" if self._both else "compressed", self.name):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
             if not restore_solved(program, sites, self.name, ctx, walked.block.index):
-                save_solved(ctx, walked.block.index, self.round_block(program, walked, sites, ctx, self.name))
+                save_solved(ctx, walked.block.index, self._round_block(program, walked, sites, ctx))
 
-    def round_block(
-        self,
-        program: Program,
-        walked: Step,
-        sites: list[LinearSite],
-        ctx: Context,
-        by: str,
-        shares: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Solved]:
-        """Round a block's sites on the second moments of their inputs; return them by the node's name.
-
-        by: the pass it is done for; shares: of each site's ranges, by the node's name, as `gptq` takes them.
-        """
+    def _round_block(self, program: Program, walked: Step, sites: list[LinearSite], ctx: Context) -> dict[str, Solved]:
+        """Round a block's sites on the second moments of their inputs; return them by the node's name."""
         solved: dict[str, Solved] = {}
         for group, known in moments_of(walked, sibling_sites(sites), self._both, self.sequential):
             for site in group:
-                own = None if shares is None else shares[site.node.name]
-                row = solved[site.node.name] = self._fit(program, site, known, own)
-                put_solved(program, row, by, ctx)
+                row = solved[site.node.name] = self.fit(program, site, known)
+                put_solved(program, row, self.name, ctx)
         return solved
 
-    def _fit(self, program: Program, site: LinearSite, moments: Moments, shares: Tensor | None) -> Solved:
-        """Return a site's codes, fitted to its weights alone where its inputs tell nothing."""
+    def fit(self, program: Program, site: LinearSite, moments: Moments, shares: Tensor | None = None) -> Solved:
+        """Return a site's codes, fitted to its weights alone where its inputs tell nothing.
+
+        shares: of its groups' ranges, as `passes.quantize.gptq.gptq` takes them; searched for without.
+        """
         spec = self._spec(width_of(program, site, self.bits))
         weight, gram = weights_of(program, [site], self.name), moments.gram
         hessian, fallback, found = gram.matrix, "", None

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from ir.analysis import LinearSite
+from ir.analysis import LinearSite, sibling_sites
+from ir.ops.quant import QuantCodes
 from ir.products import products_in
 from ir.program import Program
 from passes.activations import Shelf
 from passes.base import Context
 from passes.gptq import Gptq
+from passes.moments import moments_of
 from passes.presets import Settled
 from passes.quantize.clipping import START, clipped, clipped_codes
-from passes.quantize.salience import row_energy
+from passes.quantize.salience import relative_loss, row_energy
 from passes.quantize.uniform import best_shares, packed
 from passes.sites import choose_sites, figures
 from passes.solved import Solved, put_solved
@@ -78,7 +80,7 @@ class LearnedBlock:
         drop_idle(self.program, self.parts, self.how.name)
         coded = {site.weight for site in self.sites}
         self.sites = self._sites()
-        solved = self._code(state)
+        solved = self._code(state, targets)
         self._report(outcome, targets)
         for extra in targets[1:]:
             extra.clear()
@@ -172,21 +174,52 @@ class LearnedBlock:
         rates = {name: self.how.clip_rate if name.startswith("clip:") else self.how.scale_rate for name in start}
         return Problem(start, rates, loss, block.batches, block.release)
 
-    def _code(self, state: Mapping[str, Tensor]) -> dict[str, Solved]:
+    def _code(self, state: Mapping[str, Tensor], targets: list[Shelf]) -> dict[str, Solved]:
         """Put the codes of all sites in place; their weights are transformed by now."""
+        strengths = {site.node.name: state[f"clip:{site.node.name}"] for site in self.sites}
         if self.how.rounding == "gptq":
-            shares = {s.node.name: torch.sigmoid(state[f"clip:{s.node.name}"]) for s in self.sites}
-            fit = Gptq(self.settled.bits, self.settled.group, self.how.symmetric, skip=self.how.skip)
-            return fit.round_block(self.program, self.walked, self.sites, self.ctx, self.how.name, shares)
-        solved: dict[str, Solved] = {}
-        for site in self.sites:
-            node, weight = site.node.name, self.program.params.get(site.weight)
-            group, symmetric = self.settled.group_of(site), self.how.symmetric
-            codes = packed(clipped_codes(weight, state[f"clip:{node}"], self.widths[node], group, symmetric), symmetric)
-            lost, whole = (
-                float(row_energy(m, None).sum()) for m in (weight.double() - codes.dequantize(torch.float64), weight)
-            )
-            rows = figures(codes.stored_bits, site.rows, site.inputs, lost / whole if whole > 0 else 0.0)
-            solved[node] = Solved(site, codes, rows)
-            put_solved(self.program, solved[node], self.how.name, self.ctx)
+            solved = self._by_gptq({node: torch.sigmoid(s) for node, s in strengths.items()}, targets)
+        else:
+            solved = self._to_nearest(strengths)
+        for row in solved.values():
+            put_solved(self.program, row, self.how.name, self.ctx)
         return solved
+
+    def _to_nearest(self, strengths: Mapping[str, Tensor]) -> dict[str, Solved]:
+        """Return the weights rounded to the nearest levels of the learned ranges."""
+        solved: dict[str, Solved] = {}
+        for group, known in moments_of(self.walked, sibling_sites(self.sites), False, False):
+            for site in group:
+                node, weight = site.node.name, self.program.params.get(site.weight)
+                size, symmetric = self.settled.group_of(site), self.how.symmetric
+                codes = packed(clipped_codes(weight, strengths[node], self.widths[node], size, symmetric), symmetric)
+                gram = known.gram if bool(known.gram.matrix.diagonal().any()) else None
+                off, whole = weight.double() - codes.dequantize(torch.float64), weight.double()
+                loss = relative_loss(row_energy(off, gram), row_energy(whole, gram))
+                solved[node] = Solved(site, codes, figures(codes.stored_bits, site.rows, site.inputs, loss))
+        return solved
+
+    def _by_gptq(self, shares: Mapping[str, Tensor], targets: list[Shelf]) -> dict[str, Solved]:
+        """Return codes by `gptq` in the learned ranges or in ranges it searches, whichever leave the block closer.
+
+        Ranges learned for rounding to nearest are not always the best for weights that make up for each other.
+        """
+        fit = Gptq(self.settled.bits, self.settled.group, self.how.symmetric, skip=self.how.skip)
+        moments = list(moments_of(self.walked, sibling_sites(self.sites), True, False))
+        found: list[tuple[float, dict[str, Solved]]] = []
+        for given in (shares, dict.fromkeys(shares)):
+            rows = [fit.fit(self.program, site, m, given[site.node.name]) for group, m in moments for site in group]
+            found.append((self._lost(rows, targets), {row.site.node.name: row for row in rows}))
+        (learned, _), (searched, _) = found
+        name = block_name(self.walked.block)
+        self.ctx.log.report(site=name, loss_learned_ranges=learned, loss_searched_ranges=searched)
+        return found[1][1] if searched < learned else found[0][1]
+
+    def _lost(self, rows: list[Solved], targets: list[Shelf]) -> float:
+        """Return the block's loss with these codes in place of their weights."""
+        weights = {row.site.weight: row.codes.dequantize() for row in rows if isinstance(row.codes, QuantCodes)}
+        block = self.walked.function(tuple(weights))
+        with products_in(self.ctx.precision):
+            found = judge({}, lambda _, batch: self._measure(block(weights, batch), targets, batch), block.batches)
+        block.release()
+        return found

@@ -93,10 +93,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     for index in range(done, 2):
         (tmp_path / f"block-{index:04d}.json").unlink()
     fitted: list[str] = []
-    fit = Gptq._fit
-    monkeypatch.setattr(
-        Gptq, "_fit", lambda self, p, site, *rest: fitted.append(site.name) or fit(self, p, site, *rest)
-    )
+    fit = Gptq.fit
+    monkeypatch.setattr(Gptq, "fit", lambda self, p, site, *rest: fitted.append(site.name) or fit(self, p, site, *rest))
     again, log = compress(tiny_model, bits=3, work=tmp_path)
     assert sorted(fitted) == sorted(SITES[7 * done :])
     assert all(same_parts(again, plain[0], name) for name in SITES)

@@ -109,15 +109,26 @@ def test_with_nothing_to_learn_it_is_rounding_to_nearest(tiny_model: Program, mo
     assert all(same_parts(found, nearest, site) for site in SITES)
 
 
-def test_codes_by_gptq_lie_in_the_learned_ranges_and_lose_less(tiny_model: Program, plain: tuple[Program, Log]) -> None:
+def test_codes_by_gptq_lose_less_and_take_the_ranges_that_leave_the_block_closer(
+    tiny_model: Program, plain: tuple[Program, Log]
+) -> None:
     found, log = compress(tiny_model, bits=3, rounding="gptq")
     assert sorted(coded(found)) == sorted(SITES)
     assert error(found, tiny_model) < error(plain[0], tiny_model)
-    # The first block was trained alike, and the levels of its groups are cut by the same shares.
+    # The first block was trained alike.
     assert blocks_of(log)[0]["loss_after"] == blocks_of(plain[1])[0]["loss_after"]
+    tried = [r.figures for r in log.reports if "loss_learned_ranges" in r.figures]
+    assert len(tried) == 2 and all(row["loss_learned_ranges"] != row["loss_searched_ranges"] for row in tried)
+    for row, figures in zip(tried, blocks_of(log), strict=True):
+        assert figures["loss_stored"] == pytest.approx(min(row.values()), rel=1e-5)
+
+
+def test_codes_by_gptq_without_anything_learned_are_those_of_gptq(tiny_model: Program) -> None:
+    found, log = compress(tiny_model, bits=3, rounding="gptq", epochs=0, sites=(), clip="open")
     alone = tiny_model.clone()
     Gptq(bits=3, group=16).run(alone, Context(log=Log("gptq"), calibration=DATA))
-    assert not same_parts(found, alone, SITES[0])
+    tried = next(r.figures for r in log.reports if "loss_searched_ranges" in r.figures)
+    assert same_parts(found, alone, SITES[0]) == (tried["loss_searched_ranges"] < tried["loss_learned_ranges"])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "gemma", "stablelm", "mixtral"])
