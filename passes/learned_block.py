@@ -157,6 +157,7 @@ class LearnedBlock:
                 self.widths[node],
                 self.settled.group_of(site),
                 self.how.symmetric,
+                zero_moves="zeros" not in self.how.legacy,
             )
         return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ir.analysis import Block, LinearSite, blocks
 from ir.program import Program
@@ -16,8 +16,10 @@ from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.checkpoint import has_block
 from passes.equiv.discover import discover
 from passes.equiv.groups import EquivGroup, Kind
+from passes.equiv.untied import untied
 from passes.kv import Kv
 from passes.learned_block import LearnedBlock
+from passes.peaks import extremes, keeping, smoothing_scales
 from passes.presets import FAST_EPOCHS, FLOAT, PRESETS, Preset, Settled
 from passes.quantize.hessian import Gram
 from passes.quantize.trials import searched_trials
@@ -28,6 +30,8 @@ from passes.solved import restore_floats, restore_solved, save_solved
 from passes.stream import Step, split_rows, walk
 from passes.training.transforms import Transforms, drop_idle, transforms
 from passes.widths import width_of
+
+Legacy = Literal["pairs", "first", "zeros"]
 
 # Exponents tried in the search for scales.
 _EXPONENTS = 20
@@ -64,9 +68,11 @@ class Omniquant(Pass):
         },
     )
     shift: bool = field(default=False, metadata={"help": "learn a shift beside the scales where one is exact"})
-    init: Literal["awq", "ones"] = field(
-        default="awq", metadata={"help": "what scales start from: the search of the pass awq, or ones"}
+    init: Literal["awq", "smooth", "ones"] = field(
+        default="awq",
+        metadata={"help": "what scales start from: the search of the pass awq, the rule of the pass smooth, or ones"},
     )
+    alpha: float = field(default=0.5, metadata={"help": "alpha of the pass smooth, for init=smooth"})
     clip: Literal["search", "open"] = field(
         default="search", metadata={"help": "what clipping starts from: the best range of a search, or 0.982 of all"}
     )
@@ -82,6 +88,13 @@ class Omniquant(Pass):
         default="token", metadata={"help": "count tokens alike, or by their energy as the paper does"}
     )
     second: bool = field(default=False, metadata={"help": "a second target: the float block on compressed inputs"})
+    legacy: tuple[Legacy, ...] = field(
+        default=(),
+        metadata={
+            "help": "where to do as the release does: pairs, scales of q<->k free of rotary pairs, which changes the "
+            "function; first, init=smooth by the weights of one consumer; zeros, no gradient through zero points"
+        },
+    )
     skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave in float, `*` stands for any text"})
 
     name: ClassVar[str] = "omniquant"
@@ -105,7 +118,7 @@ class Omniquant(Pass):
     def validate(self) -> None:
         """Raise OptionError for values training or codes cannot have."""
         ranges = (("bits", 2, 8), ("group", 0, 1 << 20), ("epochs", 0, 10**6), ("batch", 1, 10**6))
-        for option, low, high in (*ranges, ("last_rate", 0, 1)):
+        for option, low, high in (*ranges, ("last_rate", 0, 1), ("alpha", 0, 1)):
             value = getattr(self, option)
             if value is not None and not low <= value <= high:
                 raise OptionError(self.name, option, f"{value} is outside {low}..{high}")
@@ -125,7 +138,7 @@ class Omniquant(Pass):
         self._check_group(sites)
         rows = [PlanRow(s.name, self.name, self._predicted(s, width_of(program, s, settled.bits))) for s in sites]
         found = discover(program).of(*settled.sites)
-        groups = [group for block in parts for group in _inside(found, block)]
+        groups = [group for block in parts for group in self._inside(found, block)]
         return [*rows, *(PlanRow(g.site, f"learn the scales of {g.kind}") for g in groups)]
 
     def run(self, program: Program, ctx: Context) -> None:
@@ -138,15 +151,16 @@ class Omniquant(Pass):
         for absence in found.absences:
             if absence.kind in settled.sites:
                 ctx.log.skip(absence.site, absence.reason)
-        inside = {group.site for block in blocks(program) for group in _inside(found.of(*settled.sites), block)}
-        for group in found.of(*settled.sites):
+        wanted = found.of(*settled.sites)
+        inside = {group.site for block in blocks(program) for group in self._inside(wanted, block)}
+        for group in wanted:
             if group.site not in inside:
                 ctx.log.skip(group.site, "it does not lie in one repeated block")
         original = program.clone()
         self._code_values(program, settled, ctx)
         rows = replace(ctx, calibration=split_rows(ctx, self.batch))
         for walked in walk(program, rows, "both", self.name, original):
-            groups, mark = _inside(found.of(*settled.sites), walked.block), ctx.log.mark()
+            groups, mark = self._inside(wanted, walked.block), ctx.log.mark()
             if has_block(ctx.work, walked.block.index):
                 self._restore(program, transforms(program, groups, self.shift, self.name), walked.block, ctx)
                 continue
@@ -178,10 +192,25 @@ class Omniquant(Pass):
             weights_of(program, [site], self.name)
         scales = {group.site: torch.ones(group.size, dtype=torch.float64) for group in groups}
         read = [group for group in groups if reads(group, walked.original_block)]
-        if self.init == "awq" and read:
+        if self.init == "smooth":
+            scales.update(self._balanced(program, read, walked))
+        elif self.init == "awq" and read:
             spec = SearchSpec(settled.bits, settled.group, self.symmetric, _EXPONENTS)
             scales.update({g.site: s for g, s in search_block(program, read, walked, spec, ctx)})
         return scales
+
+    def _balanced(self, program: Program, groups: Sequence[EquivGroup], walked: Step) -> dict[str, Tensor]:
+        """Return scales by the rule of SmoothQuant, float64 by site, from what the float stream holds."""
+        peaks: dict[fx.Node, Tensor] = {}
+        known = {group.site: reads(group, walked.original_block) for group in groups}
+        wanted = dict.fromkeys(x for nodes in known.values() for x in nodes.values())
+        walked.observe_float({x.name: keeping(x, peaks) for x in wanted})
+        first = "first" in self.legacy
+        return {
+            g.site: smoothing_scales(*extremes(program, g, known[g.site], peaks, first), self.alpha)
+            for g in groups
+            if all(slot.node in known[g.site] and known[g.site][slot.node] in peaks for slot in g.sinks)
+        }
 
     def stored_bytes(self, site: LinearSite, bits: int) -> int:
         """Return the bytes of a site's codes, scales and zero points at a width."""
@@ -194,6 +223,12 @@ class Omniquant(Pass):
         del ctx
         return searched_trials(weight, gram, choices, self.settled().group_of(site), self.symmetric)
 
+    def _inside(self, groups: Sequence[EquivGroup], block: Block) -> list[EquivGroup]:
+        """Return the groups that lie in a block whole, as they are learned."""
+        names = {node.name for node in block.nodes}
+        found = [group for group in groups if all(slot.node in names for slot in group.slots)]
+        return [untied(group) for group in found] if "pairs" in self.legacy else found
+
     def _check_group(self, sites: Sequence[LinearSite]) -> None:
         group = self.settled().group
         if group:
@@ -202,9 +237,3 @@ class Omniquant(Pass):
     def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
         size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
         return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}
-
-
-def _inside(groups: Sequence[EquivGroup], block: Block) -> list[EquivGroup]:
-    """Return the groups that lie in a block whole."""
-    names = {node.name for node in block.nodes}
-    return [group for group in groups if all(slot.node in names for slot in group.slots)]

@@ -15,9 +15,10 @@ from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.equiv.discover import discover
 from passes.equiv.groups import EquivGroup, TieMap, annotate
 from passes.equiv.transfer import expand
+from passes.peaks import tied_maximum
 from passes.quantize.uniform import rtn
 from passes.scale_search import reads
-from passes.smooth import Site, tied_maximum
+from passes.smooth import Site
 from passes.stream import Step, walk
 
 # Tokens of every batch that the search compares outputs on.

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, fx
 
 from ir.program import Program
 from passes import stream
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.equiv.discover import discover
-from passes.equiv.groups import EquivGroup, TieMap, annotate
-
-FLOOR = 1e-5
+from passes.equiv.groups import EquivGroup, annotate
+from passes.peaks import extremes, keeping, smoothing_scales
 
 Site = Literal["norm->linears", "v->o", "up->down", "fc1->fc2"]
 
@@ -63,25 +61,10 @@ class Smooth(Pass):
             if missing:
                 ctx.log.skip(group.site, f"calibration never reaches {', '.join(missing)}")
                 continue
-            s = smoothing_scales(*_extremes(program, group, nodes, peaks), self.alpha)
+            reads = {slot.node: nodes[slot.node].args[0] for slot in group.sinks}
+            s = smoothing_scales(*extremes(program, group, reads, peaks), self.alpha)
             annotate(program, group, s, self.name)
             ctx.log.report(site=group.site, smallest=float(s.min()), largest=float(s.max()))
-
-
-def smoothing_scales(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """Return s = max|X|^alpha / max|W|^(1-alpha) per free parameter, all three floored at 1e-5 (2211.10438, eq. 4).
-
-    activations, weights: [size], the largest magnitudes of a parameter's channels over tokens and over all consumers.
-    """
-    a, w = activations.clamp(min=FLOOR), weights.clamp(min=FLOOR)
-    return (a**alpha / w ** (1 - alpha)).clamp(min=FLOOR)
-
-
-def tied_maximum(tie: TieMap, channels: Tensor, size: int) -> Tensor:
-    """Return the largest of the tied channels per free parameter, 0 where there is none; channels: [K]."""
-    touched = tie.index >= 0
-    result = channels.new_zeros(size)
-    return result.scatter_reduce(0, tie.index[touched], channels[touched], "amax")
 
 
 def _inputs(group: EquivGroup, nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
@@ -92,28 +75,6 @@ def _inputs(group: EquivGroup, nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
 def _observe_peaks(program: Program, ctx: Context, inputs: Mapping[fx.Node, None]) -> dict[fx.Node, Tensor]:
     """Return the largest magnitude per channel, over all tokens of the calibration set, of each value it reaches."""
     peaks: dict[fx.Node, Tensor] = {}
-
-    def keep(node: fx.Node) -> Callable[[Tensor], None]:
-        def see(value: Tensor) -> None:
-            if value.numel():
-                peak = value.detach().reshape(-1, value.shape[-1]).abs().amax(0).double()
-                peaks[node] = torch.maximum(peaks[node], peak) if node in peaks else peak
-
-        return see
-
     if inputs:
-        stream.observe(program, ctx, {node: keep(node) for node in inputs}, "smooth")
+        stream.observe(program, ctx, {node: keeping(node, peaks) for node in inputs}, "smooth")
     return peaks
-
-
-def _extremes(
-    program: Program, group: EquivGroup, nodes: Mapping[str, fx.Node], peaks: Mapping[fx.Node, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return the largest activations and weights of a group per free parameter, over all its consumers."""
-    activations, weights = torch.zeros(2, group.size, dtype=torch.float64)
-    for slot in group.sinks:
-        peak = peaks[nodes[slot.node].args[0]]  # type: ignore[index]
-        columns = program.params.get(slot.weight).abs().flatten(0, -2).amax(0).double()
-        activations = torch.maximum(activations, tied_maximum(slot.tie, peak, group.size))
-        weights = torch.maximum(weights, tied_maximum(slot.tie, columns, group.size))
-    return activations, weights

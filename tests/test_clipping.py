@@ -57,7 +57,7 @@ def passed(x: Tensor, rounded: Tensor) -> Tensor:
     return x + (rounded - x).detach()
 
 
-def by_autograd(weight: Tensor, strengths: Tensor, bits: int, group: int, symmetric: bool) -> Tensor:
+def by_autograd(weight: Tensor, strengths: Tensor, bits: int, group: int, symmetric: bool, zero_moves: bool) -> Tensor:
     """The same by automatic differentiation of the printed formulas."""
     top = 2**bits - 1
     low, high = ranges(weight, group)
@@ -68,24 +68,25 @@ def by_autograd(weight: Tensor, strengths: Tensor, bits: int, group: int, symmet
         low = -high
     exact = steps_of(low, high, bits)
     step = passed(exact, exact.half().double())
-    zero = torch.full_like(step, 2.0 ** (bits - 1)) if symmetric else passed(-low / step, torch.round(-low / step))
+    off = -low / step
+    zero = torch.full_like(step, 2.0 ** (bits - 1)) if symmetric else passed(off * zero_moves, torch.round(off))
     ratio = in_groups(weight, group) / step[..., None]
     codes = (passed(ratio, torch.round(ratio)) + zero[..., None]).clamp(0, top)
     return ((codes - zero[..., None]) * step[..., None]).flatten(1)[:, : weight.shape[1]]
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("symmetric", "zero_moves"), [(False, True), (False, False), (True, True)])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("rows", "inputs", "group"), SHAPES)
 def test_the_gradient_is_that_of_automatic_differentiation(
-    rows: int, inputs: int, group: int, bits: int, symmetric: bool
+    rows: int, inputs: int, group: int, bits: int, symmetric: bool, zero_moves: bool
 ) -> None:
     weight, upstream = draw(rows, inputs), draw(rows, inputs, seed=3)
     strengths = strengths_of(rows, -(-inputs // group), seed=7)
     found = []
     for function in (clipped, by_autograd):
         w, s = (t.clone().requires_grad_() for t in (weight, strengths))
-        out = function(w, s, bits, group, symmetric)
+        out = function(w, s, bits, group, symmetric, zero_moves)
         (out * upstream).sum().backward()
         found.append((out.detach(), w.grad, s.grad))
     for ours, wanted in zip(*found, strict=True):

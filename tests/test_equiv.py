@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from passes.equiv.apply import Factors, apply
 from passes.equiv.discover import discover
 from passes.equiv.groups import EquivGroup, TieMap, annotate
 from passes.equiv.transfer import expand, fold_cols, fold_norm, fold_rows, unit_scales
+from passes.equiv.untied import untied
 from passes.fold import Fold
 from tests.architectures import doubled, ids_for, prefill_and_decode, relative_error, traced
 
@@ -200,19 +199,36 @@ def test_discovery_survives_the_text_form() -> None:
         assert all(torch.equal(s.tie.index, t.tie.index) for s, t in zip(a.slots, b.slots, strict=True))
 
 
-def test_untied_rotary_scales_change_the_function() -> None:
-    program, ids = doubled(traced("llama", 1)[0]), ids_for()
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_without_rotary_untied_groups_are_the_groups_as_found(name: str) -> None:
+    group = group_of(traced(name, 1)[0], "q<->k")
+    free = untied(group)
+    assert free.size == group.size
+    assert all(torch.equal(a.tie.index, b.tie.index) for a, b in zip(free.slots, group.slots, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "stablelm", "phi3", "gptj"])
+def test_scales_untied_under_rotary_are_exact_only_where_pairs_agree(name: str) -> None:
+    program, ids = doubled(traced(name, 1)[0]), ids_for()
     group = group_of(program, "q<->k")
-    free = torch.arange(32)
-    query = free.view(2, 16).repeat_interleave(2, 0).flatten()
-    wrong = replace(
-        group,
-        sources=(replace(group.sources[0], tie=TieMap(query)),),
-        sinks=(replace(group.sinks[0], tie=TieMap(free)),),
-        size=32,
-    )
-    assert _error_of(program, wrong, ids) > 0.01
-    assert _error_of(program, group, ids) < 1e-10
+    free = untied(group)
+    assert free.size > group.size
+    tied = {}
+    for slot, loose in zip(group.slots, free.slots, strict=True):
+        for parameter, own in zip(slot.tie.index.tolist(), loose.tie.index.tolist(), strict=True):
+            assert (own < 0) == (parameter < 0)
+            assert tied.setdefault(own, parameter) == parameter  # a free parameter serves one pair
+    before = prefill_and_decode(program, ids)
+
+    def error(scales: Tensor) -> float:
+        scaled, factors = program.clone(), Factors()
+        factors.add(free, scales)
+        apply(scaled, factors, "test")
+        return relative_error(prefill_and_decode(scaled, ids), before)
+
+    of_pairs = torch.tensor([tied[i] for i in range(free.size)])
+    assert error(nasty(group)[of_pairs]) < 1e-10
+    assert error(nasty(free)) > 0.01
 
 
 def _error_of(program: Program, group: EquivGroup, ids: Tensor) -> float:

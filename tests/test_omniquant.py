@@ -24,6 +24,7 @@ from passes.manager import Settings, run_pipeline
 from passes.omniquant import Omniquant
 from passes.pipeline import parse
 from passes.rtn import Rtn
+from passes.smooth import Smooth
 from tests.architectures import ids_for, traced
 from tests.coded_sites import coded, decoded, same_parts, stored_bytes
 from tests.golden import check_golden
@@ -287,6 +288,31 @@ def test_activations_and_caches_are_coded_and_trained_with(tiny_model: Program, 
     for figures in blocks_of(log):
         assert figures["loss_after"] <= figures["loss_before"]
         assert rounding == "gptq" or figures["loss_stored"] == pytest.approx(figures["loss_after"], rel=1e-5)
+
+
+def test_scales_can_start_by_the_rule_of_smooth(tiny_model: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "START", 40.0)
+    found, _ = compress(tiny_model, bits=3, init="smooth", alpha=0.7, epochs=0, sites=("norm->linears",), clip="open")
+    wanted = tiny_model.clone()
+    Smooth(alpha=0.7).run(wanted, Context(log=Log("smooth"), calibration=DATA))
+    Fold().run(wanted, Context())
+    Rtn(bits=3, group=16).run(wanted, Context(log=Log("rtn")))
+    for site in SITES:
+        ours, theirs = (decoded(p, coded(p)[site]) for p in (found, wanted))
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()  # a weight at the middle of two levels may go either way
+    plain_start, _ = compress(tiny_model, bits=3, init="ones", epochs=0, sites=("norm->linears",), clip="open")
+    assert not same_parts(found, plain_start, SITES[0])
+
+
+def test_the_switches_of_the_release_each_change_what_is_learned(tiny_model: Program) -> None:
+    options: dict[str, Any] = {"bits": 3, "init": "smooth", "sites": ("norm->linears", "v->o", "q<->k")}
+    exact, log = compress(tiny_model, **options)
+    for switch in ("pairs", "first", "zeros"):
+        found, said = compress(tiny_model, legacy=(switch,), **options)
+        assert blocks_of(said) != blocks_of(log), switch
+        assert not all(same_parts(found, exact, site) for site in SITES), switch
+    with pytest.raises(UsageError, match=r"pairs\|first\|zeros"):
+        parse("omniquant{legacy=qk}")
 
 
 def test_presets_give_what_is_not_given() -> None:

@@ -15,8 +15,9 @@ from passes.equiv.discover import discover
 from passes.equiv.groups import RECORDS, EquivGroup, TieMap, annotate, clear, recorded
 from passes.fold import Fold
 from passes.manager import Settings, run_pipeline
+from passes.peaks import smoothing_scales, tied_maximum
 from passes.pipeline import parse
-from passes.smooth import Smooth, smoothing_scales, tied_maximum
+from passes.smooth import Smooth
 from tests.architectures import doubled, ids_for, prefill_and_decode, relative_error, traced
 
 BATCHES = (ids_for(2, 8, seed=5), ids_for(2, 8, seed=6), ids_for(1, 5, seed=7))

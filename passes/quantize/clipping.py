@@ -18,14 +18,17 @@ from passes.quantize.uniform import UniformCodes, in_groups, ranges, steps_of, w
 START = 4.0
 
 
-def clipped(weight: Tensor, strengths: Tensor, bits: int, group: int, symmetric: bool = False) -> Tensor:
+def clipped(
+    weight: Tensor, strengths: Tensor, bits: int, group: int, symmetric: bool = False, zero_moves: bool = True
+) -> Tensor:
     """Return the weight [N, K] rounded within a share of each group's range, with gradients to both.
 
     strengths: [2, N, G], of the greatest and the least weight of a group; the shares are their sigmoids. Rounding
     passes gradients on as they are, that of scales and zero points too; what is clipped passes them to the range alone.
+    zero_moves: False lets no gradient through the rounding of zero points, as the release of OmniQuant has it.
     """
     low, high = _range(weight, strengths, group, symmetric)
-    found: Tensor = _Rounded.apply(in_groups(weight, group), low, high, bits, symmetric)
+    found: Tensor = _Rounded.apply(in_groups(weight, group), low, high, bits, symmetric, zero_moves)
     return found.flatten(1)[:, : weight.shape[1]]
 
 
@@ -49,11 +52,13 @@ class _Rounded(Function):
     """Weights [N, G, group] rounded to the levels from low to high, [N, G]."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, zero_moves: bool
+    ) -> Tensor:
         step = steps_of(low, high, bits).half().to(weight.dtype)
         zero = torch.full_like(step, 2.0 ** (bits - 1)) if symmetric else torch.round(-low / step).clamp(0, 2**bits - 1)
         ctx.save_for_backward(weight, low, high, step, zero)
-        ctx.bits, ctx.symmetric = bits, symmetric
+        ctx.bits, ctx.zero_moves = bits, zero_moves and not symmetric
         codes = (torch.round(weight / step[..., None]) + zero[..., None]).clamp_(0, 2**bits - 1)
         return codes.sub_(zero[..., None]).mul_(step[..., None])
 
@@ -69,7 +74,7 @@ class _Rounded(Function):
         grad_weight = grad * inside
         by_rounding = (grad_weight * (whole - ratio)).sum(-1)
         over, under = (grad * above).sum(-1), (grad * below).sum(-1)
-        if ctx.symmetric:
+        if not ctx.zero_moves:
             grad_step, direct = by_rounding + over * (top - zero) - under * zero, torch.zeros_like(step)
         else:
             # z = -low / h, rounded, so that both ends move with the range and not with the other end.
@@ -77,4 +82,4 @@ class _Rounded(Function):
             grad_step, direct = by_rounding + over * (top - off) - under * off, over + under
         # An empty range has a step of its own.
         grad_step = torch.where(high == low, 0.0, grad_step) / top
-        return grad_weight, direct - grad_step, grad_step, None, None
+        return grad_weight, direct - grad_step, grad_step, None, None, None
