@@ -9,6 +9,7 @@ import torch
 from ir.errors import UsageError
 from ir.op_checks import Check, Dims, Site, differ, same_dims, tensor_of
 from ir.ops.codes import group_count, meaning, part_types
+from ir.ops.nm import kept_inputs
 from ir.ops.packing import packed_length
 from ir.ops.powerterms import MAX_TERMS
 from ir.rotation_checks import hadamard
@@ -58,6 +59,12 @@ def shiftadd_linear(site: Site) -> Iterator[str]:
     if sizes is None:
         return
     planes, rows, width = sizes
+    yield from _plane_parts(site, planes, rows, width)
+    yield from _out(site, rows)
+
+
+def _plane_parts(site: Site, planes: int, rows: int, width: int) -> Iterator[str]:
+    """Yield what is wrong with the stored tensors of planes over `width` inputs."""
     try:
         meaning(site.args["code"], planes)
     except UsageError as error:
@@ -68,7 +75,6 @@ def shiftadd_linear(site: Site) -> Iterator[str]:
         yield from stored(site, name, dtype, dims)
     if (site.tensor("exponents") is None) != (site.args["terms"] == 0):
         yield "exponents belong to scales of one or more terms, and to these only"
-    yield from _out(site, rows)
 
 
 def _plane_sizes(site: Site) -> Generator[str, None, tuple[int, int, int] | None]:
@@ -138,6 +144,63 @@ def quant_linear(site: Site) -> Iterator[str]:
     yield from _out(site, rows)
 
 
+def sparse_linear(site: Site) -> Iterator[str]:
+    """values float [N, kept] or u8 [N, ceil(kept bits/8)] with scales f16 [N, G]; mask u8 [N, ceil(K/8)]."""
+    sizes = yield from _mask_sizes(site)
+    if sizes is None:
+        return
+    rows, kept = sizes
+    bits, group, values = site.args["bits"], site.args["group"], site.tensor("values")
+    if bits not in range(9):
+        yield f"bits must be 0 to 8, but they are {bits}"
+        return
+    if (site.tensor("scales") is None) != (bits == 0):
+        yield "scales belong to codes, and to these only"
+    if bits:
+        yield from _positive(site, "group")
+        yield from stored(site, "values", torch.uint8, (rows, packed_length(kept, bits)))
+        if isinstance(group, int) and group > 0:
+            yield from stored(site, "scales", torch.float16, (rows, group_count(kept, group)))
+    elif values is not None:
+        yield from same_dims("the dims of values", values.dims, (rows, kept))
+        if not values.dtype.is_floating_point:
+            yield f"values without bits must be float, but they are {values}"
+    yield from _out(site, rows)
+
+
+def sparse_shiftadd_linear(site: Site) -> Iterator[str]:
+    """mask u8 [N, ceil(K/8)], and the tensors of `shiftadd_linear` for the kept inputs of a row."""
+    sizes = yield from _mask_sizes(site)
+    found = yield from _plane_sizes(site)
+    if sizes is None or found is None:
+        return
+    if found[1] != sizes[0]:
+        yield f"signs must have the {sizes[0]} rows of the mask, but they have {found[1]}"
+        return
+    yield from _plane_parts(site, found[0], *sizes)
+    yield from _out(site, sizes[0])
+
+
+def _mask_sizes(site: Site) -> Generator[str, None, tuple[int, int] | None]:
+    """Yield what is wrong with the pattern and the mask; return rows and kept inputs where all are numbers."""
+    mask = site.dims("mask")
+    if mask is None:
+        return None
+    if len(mask) != 2:
+        yield f"mask must have two dims [rows, bytes], but it is {site.tensor('mask')}"
+        return None
+    sizes = _rows_and_width(site, mask[0])
+    if sizes is None:
+        return None
+    try:
+        kept = kept_inputs(sizes[1], site.args["n"], site.args["m"])
+    except UsageError as error:
+        yield f"{error.what}: {error.why}"
+        return None
+    yield from stored(site, "mask", torch.uint8, (sizes[0], packed_length(sizes[1], 1)))
+    return sizes[0], kept
+
+
 def rope(site: Site) -> Iterator[str]:
     """x [batch, heads, seq, d]; cos and sin [..., seq, r] alike, r even and at most d."""
     x, cos, sin = site.dims("x"), site.dims("cos"), site.dims("sin")
@@ -172,6 +235,8 @@ CODE_CHECKS: dict[str, Check] = {
     "nomul.shiftadd_linear": shiftadd_linear,
     "nomul.nested_linear": nested_linear,
     "nomul.quant_linear": quant_linear,
+    "nomul.sparse_linear": sparse_linear,
+    "nomul.sparse_shiftadd_linear": sparse_shiftadd_linear,
     "nomul.rope": rope,
     "nomul.grouped_linear": grouped_linear,
     "nomul.hadamard": hadamard,

@@ -20,6 +20,7 @@ from ir.ops.nested import NestedCodes, nested_cost
 from ir.ops.quant import QuantCodes, quant_cost
 from ir.ops.shiftadd import shiftadd_cost
 from ir.ops.shiftcode import ShiftCodes
+from ir.ops.sparse import sparse_cost, sparse_parts, sparse_shift_parts
 from ir.ops.tokens import decode_cost, encode_cost
 from ir.text import FUNCTIONS
 from ir.types import TensorType
@@ -195,6 +196,22 @@ def _nested_linear(call: Call) -> Cost:
     return nested_cost(codes, layout["precision"], _tokens(x), x.dtype.itemsize) + _bias(call)
 
 
+def _sparse_linear(call: Call) -> Cost:
+    x, a = call.need("x"), call.args
+    values, mask, scales = (_stand_in(call.kind(name)) for name in ("values", "mask", "scales"))
+    codes = sparse_parts(values, mask, scales, a["n"], a["m"], a["bits"], a["group"], _last(x))
+    return sparse_cost(codes, _tokens(x), x.dtype.itemsize) + _bias(call)
+
+
+def _sparse_shiftadd_linear(call: Call) -> Cost:
+    x, a = call.need("x"), call.args
+    tensors = (_stand_in(call.kind(name)) for name in ("signs", "scales", "exponents", "offsets", "mask"))
+    signs, scales, exponents, offsets, mask = tensors
+    layout = (a["n"], a["m"], a["group"], a["terms"], a["row_group"], a["code"])
+    codes = sparse_shift_parts(signs, scales, exponents, offsets, mask, *layout, _last(x))
+    return sparse_cost(codes, _tokens(x), x.dtype.itemsize) + _bias(call)
+
+
 def _hadamard(call: Call) -> Cost:
     x = call.need("x")
     return hadamard_cost(_last(x), call.args["order"], _tokens(x), x.dtype.itemsize)
@@ -363,6 +380,8 @@ RULES: dict[str, Rule] = {
     "nomul.rope": _rope,
     "nomul.grouped_linear": _grouped_linear,
     "nomul.quant_linear": _quant_linear,
+    "nomul.sparse_linear": _sparse_linear,
+    "nomul.sparse_shiftadd_linear": _sparse_shiftadd_linear,
     "nomul.shiftadd_linear": _shiftadd_linear,
     "nomul.nested_linear": _nested_linear,
     "nomul.hadamard": _hadamard,

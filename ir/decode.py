@@ -12,12 +12,13 @@ from ir.errors import UnsupportedError
 from ir.ops.nested import NestedCodes
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
+from ir.ops.sparse import SparseCodes, sparse_parts, sparse_shift_parts
 from ir.overloads import bound_args
 from ir.types import TYPE, TensorType
 
 aten, nomul = torch.ops.aten, torch.ops.nomul
 
-Codes = ShiftCodes | QuantCodes | NestedCodes
+Codes = ShiftCodes | QuantCodes | NestedCodes | SparseCodes
 
 
 def _shift_codes(v: dict[str, Any], inputs: int) -> ShiftCodes:
@@ -34,10 +35,22 @@ def _nested_codes(v: dict[str, Any], inputs: int) -> NestedCodes:
     return NestedCodes(*stored, v["group"], v["terms"], inputs, v["row_group"], tuple(v["precisions"]))
 
 
+def _sparse_codes(v: dict[str, Any], inputs: int) -> SparseCodes:
+    stored = (v["values"], v["mask"], v["scales"])
+    return sparse_parts(*stored, v["n"], v["m"], v["bits"], v["group"], inputs)
+
+
+def _sparse_shift_codes(v: dict[str, Any], inputs: int) -> SparseCodes:
+    stored = (v["signs"], v["scales"], v["exponents"], v["offsets"], v["mask"], v["n"], v["m"])
+    return sparse_shift_parts(*stored, v["group"], v["terms"], v["row_group"], v["code"], inputs)
+
+
 _CODES: dict[str, Callable[[dict[str, Any], int], Codes]] = {
     "nomul::shiftadd_linear": _shift_codes,
     "nomul::quant_linear": _quant_codes,
     "nomul::nested_linear": _nested_codes,
+    "nomul::sparse_linear": _sparse_codes,
+    "nomul::sparse_shiftadd_linear": _sparse_shift_codes,
 }
 
 
@@ -45,6 +58,11 @@ def is_coded(node: fx.Node) -> bool:
     """Return whether a node is a linear whose weight is stored as codes."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.name in _CODES
+
+
+def has_scales(node: fx.Node) -> bool:
+    """Return whether the codes of a coded linear have scales; kept weights of a sparse one may be floats."""
+    return is_coded(node) and arguments(node).get("bits") != 0
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

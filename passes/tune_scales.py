@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from ir.analysis import Block, blocks, matches, site_name
-from ir.decode import is_coded
+from ir.decode import has_scales, is_coded
 from ir.edit import Editor
 from ir.errors import UsageError
 from ir.products import products_in
@@ -66,7 +66,9 @@ class TuneScales(Pass):
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the coded sites whose scales are trained; none are known before weights are coded."""
         nodes = [n for block in blocks(program) for n in block.nodes]
-        return [PlanRow(site_name(n), self.name) for n in nodes if is_coded(n) and not self._skipped(n)]
+        return [
+            PlanRow(site_name(n), self.name) for n in nodes if is_coded(n) and has_scales(n) and not self._skipped(n)
+        ]
 
     def run(self, program: Program, ctx: Context) -> None:
         """Train; what is finished is kept in `ctx.work` and taken from there on a resumed run."""
@@ -128,6 +130,8 @@ class TuneScales(Pass):
         for node in (program.node(n.name) for n in block.nodes if is_coded(n)):
             if self._skipped(node):
                 ctx.log.skip(site_name(node), "the option skip names it", asked=True)
+            elif not has_scales(node):
+                ctx.log.skip(site_name(node), "its weights are floats without scales")
             else:
                 chosen.append(node)
         if not any(is_coded(n) for n in block.nodes):

@@ -22,6 +22,8 @@ from ir.ops.quant import QuantCodes, quant_cost
 from ir.ops.shift import shift
 from ir.ops.shiftadd import shiftadd_by_shifts, shiftadd_cost, shiftadd_cost_of
 from ir.ops.shiftcode import ShiftCodes, decode_planes, dequantize, encode, encode_uniform, group_count
+from ir.ops.sparse import sparse_codes
+from tests.sparse_cases import int_codes, random_mask, shift_codes, sparse_args, sparse_shift_args
 
 nomul = torch.ops.nomul
 F64 = torch.float64
@@ -130,6 +132,15 @@ def op_cases() -> list[Any]:
         bias = torch.randn(5, dtype=F64) if offsets else None
         args = nested_args(torch.randn(2, 3, 11, dtype=F64), bias, terms, offsets, precision)
         cases.append(pytest.param(nomul.nested_linear, args, (0, 5) if offsets else (0,), id=f"nested-{precision}"))
+    x, bias = torch.randn(2, 3, 24, dtype=F64), torch.randn(5, dtype=F64)
+    mask = random_mask(5, 24, 2, 4)
+    floats = sparse_codes(torch.randn(5, 24, dtype=F64) * mask, mask, 2, 4)
+    cases.append(pytest.param(nomul.sparse_linear, sparse_args(floats, x, bias), (0, 4), id="sparse-float"))
+    ints = int_codes(5, 24, 2, 4, bits=3, group=5)
+    cases.append(pytest.param(nomul.sparse_linear, sparse_args(ints, x, None), (0,), id="sparse-int"))
+    shifts = shift_codes(5, 24, 1, 4, planes=2, group=4, terms=2, offsets=True, code="planes")
+    args = sparse_shift_args(shifts, x, bias)
+    cases.append(pytest.param(nomul.sparse_shiftadd_linear, args, (0, 6), id="sparse-shiftadd"))
     cases.append(pytest.param(nomul.grouped_linear, grouped_args(), (0, 1), id="grouped"))
     cases.append(pytest.param(nomul.grouped_linear, grouped_args(ends=(0, 0, 0, 7)), (0, 1), id="grouped-one-expert"))
     for transposed in (False, True):

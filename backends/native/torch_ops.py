@@ -13,6 +13,7 @@ from ir.errors import UnsupportedError, UsageError
 from ir.ops.nested import NestedCodes
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
+from ir.ops.sparse import SparseCodes
 from ir.program import Program, tensor_type_of
 from ir.rewrite import No
 
@@ -52,7 +53,9 @@ def with_kernels(program: Program, mode: str = DEFAULT_MODE) -> Program:
     for node in [n for n in copy.graph.nodes if is_coded(n)]:
         if (no := lacks_kernel(copy, node)) is not None:
             raise UnsupportedError("there is no kernel for a linear", where=node.name, why=no.reason)
-        packed, values = pack(_stored(copy, node)), arguments(node)
+        codes, values = _stored(copy, node), arguments(node)
+        assert not isinstance(codes, SparseCodes)
+        packed = pack(codes)
         editor.before(node)
         tiles = editor.param(editor.fresh(f"{node.name}.tiles"), packed.data)
         fields = list(packed.layout.attributes().values())
@@ -67,10 +70,13 @@ def lacks_kernel(program: Program, node: fx.Node) -> No | None:
     kind = tensor_type_of(arguments(node)["x"])
     if kind.dtype != torch.float32:
         return No(f"the kernels take float32 activations, and these are {kind.dtype}", node)
-    no = refuses(_stored(program, node))
+    codes = _stored(program, node)
+    if isinstance(codes, SparseCodes):
+        return No("there is no kernel for weights of a sparse pattern yet", node)
+    no = refuses(codes)
     return None if no is None else No(no.reason, node)
 
 
-def _stored(program: Program, node: fx.Node) -> ShiftCodes | QuantCodes:
+def _stored(program: Program, node: fx.Node) -> ShiftCodes | QuantCodes | SparseCodes:
     codes: Codes = codes_of(node, program.params.get)
     return codes.at(arguments(node)["precision"]) if isinstance(codes, NestedCodes) else codes

@@ -8,6 +8,7 @@ from torch import nn
 from ir.errors import UsageError
 from ir.ops.nested import nested_by_shifts
 from ir.ops.shiftadd import shiftadd_by_shifts
+from ir.ops.sparse import sparse_by_shifts
 from ir.program import Program
 
 MULTIPLY, SHIFT, CODES = "multiply", "shift", "codes"
@@ -20,6 +21,7 @@ MODES = {
 _BY_SHIFTS = (
     (torch.ops.nomul.shiftadd_linear, shiftadd_by_shifts),
     (torch.ops.nomul.nested_linear, nested_by_shifts),
+    (torch.ops.nomul.sparse_shiftadd_linear, sparse_by_shifts),
 )
 
 

@@ -97,18 +97,26 @@ def shiftadd_by_shifts(
     return total if bias is None else total + bias
 
 
-def by_shifts(x: Tensor, codes: ShiftCodes) -> Tensor:
-    """Return x W^T for x [..., K], evaluated as `shiftadd_by_shifts` says."""
+def by_shifts(x: Tensor, codes: ShiftCodes, index: Tensor | None = None) -> Tensor:
+    """Return x W^T for x [..., K], evaluated as `shiftadd_by_shifts` says.
+
+    index: which inputs of x each row reads, i64 [N, in_features of the codes]; None for all of them in order.
+    """
     # Some tokens at a time, so that what is shifted, one value a token, row and group, stays small.
-    step = max(1, _SHIFTED_AT_ONCE // (codes.rows * codes.groups))
-    parts = [_tokens_by_shifts(tokens, codes) for tokens in x.reshape(-1, codes.in_features).split(step)]
+    step = max(1, _SHIFTED_AT_ONCE // (codes.rows * (codes.groups if index is None else codes.in_features)))
+    parts = [_tokens_by_shifts(tokens, codes, index) for tokens in x.reshape(-1, x.shape[-1]).split(step)]
     return torch.cat(parts).reshape(*x.shape[:-1], codes.rows)
 
 
-def _tokens_by_shifts(x: Tensor, codes: ShiftCodes) -> Tensor:
+def _tokens_by_shifts(x: Tensor, codes: ShiftCodes, index: Tensor | None) -> Tensor:
     """Return x W^T for tokens x [T, K]."""
-    grouped = _grouped(x, codes)
-    group_sums = grouped.sum(-1)[:, None]
+    # A row of its own for every token, or for every token and row of the weight.
+    grouped = (
+        _grouped(x, codes)[:, None]
+        if index is None
+        else _grouped(x[:, index].flatten(0, 1), codes).unflatten(0, (-1, codes.rows))
+    )
+    group_sums = grouped.sum(-1)
     total = x.new_zeros(x.shape[0], codes.rows)
     for which in range(codes.sets):
         planes = range(codes.planes) if codes.meaning.tied else (which,)
@@ -131,12 +139,13 @@ def _grouped(values: Tensor, codes: ShiftCodes) -> Tensor:
 
 
 def _plane_sums(grouped: Tensor, group_sums: Tensor, codes: ShiftCodes, plane: int) -> Tensor:
-    """Return the sums [T, N, G] of the activations [T, G, group] with the digits of one plane as their signs.
+    """Return the sums [T, N, G] of the activations [T, 1 or N, G, group] with the digits of one plane as their signs.
 
-    Bit by bit like the code itself, a uniform zero point takes its own sign times the group's sum [T, 1, G] off.
+    Bit by bit like the code itself, a uniform zero point takes its own sign times the group's sum [T, 1 or N, G] off.
     """
     digits = _grouped(decode_plane(codes, plane).to(grouped.dtype), codes)
-    sums = torch.einsum("tgk,ngk->tng", grouped, digits)
+    shared = grouped.shape[1] == 1
+    sums = torch.einsum("tgk,ngk->tng", grouped[:, 0], digits) if shared else (grouped * digits).sum(-1)
     if codes.code != "uniform":
         return sums
     bit = expand_rows(decode_zeros(codes) >> plane & 1, codes.row_group, codes.rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ir.ops.codes import expand_rows
+from ir.ops.nm import scatter_kept, unpack_mask
 from ir.ops.packing import unpack_bits
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import (
@@ -26,6 +27,7 @@ from ir.ops.shiftcode import (
     group_count,
     rescaled,
 )
+from ir.ops.sparse import SparseCodes
 
 # Scales are known by these parts of a state, after the site's prefix.
 _SCALES, _OFFSETS = "scales", "offsets"
@@ -36,7 +38,7 @@ class CodedWeight:
     """A weight sum_i worth_i * scale_(i) * D_i + offset in float32, D the digits of its codes.
 
     digits: int8 or int16 [P, N, G, group], padded with zeros; worth: [P], what a digit of each plane counts; scales:
-    [tiles, G, S]; offsets: [tiles, G] or None.
+    [tiles, G, S]; offsets: [tiles, G] or None. mask: bool [N, inputs] where codes are those of kept weights only.
     """
 
     codes: QuantCodes | ShiftCodes
@@ -44,6 +46,7 @@ class CodedWeight:
     worth: Tensor
     scales: Tensor
     offsets: Tensor | None
+    mask: Tensor | None = None
 
     def start(self) -> dict[str, Tensor]:
         """Return the state under which the weight is the one stored."""
@@ -59,7 +62,8 @@ class CodedWeight:
         for i in range(self.digits.shape[0]):
             total = total + self.digits[i] * (worth[..., i % worth.shape[-1]] * self.worth[i])
         assert isinstance(total, Tensor)
-        return total.flatten(1)[:, : self.codes.in_features]
+        whole = total.flatten(1)[:, : self.codes.in_features]
+        return whole if self.mask is None else scatter_kept(whole, self.mask)
 
     def coded(self, state: Mapping[str, Tensor]) -> QuantCodes | ShiftCodes:
         """Return the codes under a state."""
@@ -92,8 +96,11 @@ class CodedWeight:
         return rounded, offsets + (moved - offsets).detach()
 
 
-def coded_weight(codes: QuantCodes | ShiftCodes) -> CodedWeight:
-    """Return a stored weight by its digits, scales and offsets."""
+def coded_weight(codes: QuantCodes | ShiftCodes | SparseCodes) -> CodedWeight:
+    """Return a stored weight by its digits, scales and offsets; of a sparse one, those of the weights it keeps."""
+    if isinstance(codes, SparseCodes):
+        assert not isinstance(codes.kept, Tensor)
+        return replace(coded_weight(codes.kept), mask=unpack_mask(codes.mask, codes.in_features))
     if isinstance(codes, QuantCodes):
         whole = unpack_bits(codes.codes, codes.bits, codes.in_features).float()
         zeros = torch.full_like(codes.scales, 2.0 ** (codes.bits - 1), dtype=torch.float32)
