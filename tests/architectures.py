@@ -151,14 +151,12 @@ def ids_for(batch: int = 2, seq: int = 7, seed: int = 1) -> Tensor:
     return torch.randint(2, VOCAB, (batch, seq), generator=torch.Generator().manual_seed(seed))
 
 
-def prefill_and_decode(program: Program, ids: Tensor, cached: bool = True) -> list[Tensor]:
+def prefill_and_decode(program: Program, ids: Tensor) -> list[Tensor]:
     """Return the logits of a prefill of all tokens but the last, and of the last decoded on the prefill's cache."""
     module = program.module()
     kind = program.inputs[2].meta[TYPE]
     with torch.no_grad():
         first = module(*_in_order(program, empty_inputs(program, ids[:, :-1], kind.dtype)))
-        if not cached:
-            return [first[0]]
         return [first[0], module(*_in_order(program, next_inputs(program, ids[:, -1:], first)))[0]]
 
 

@@ -55,9 +55,7 @@ def test_any_invertible_matrix_leaves_the_function(name: str) -> None:
         fold_heads(program, heads, matrices(heads, i), "test")
     verify(program, full=True)
     after = prefill_and_decode(program, ids)
-    assert relative_error(after[:1], before[:1]) < 1e-10
-    again = prefill_and_decode(program, ids, cached=False)
-    assert relative_error(again[:1], before[:1]) < 1e-10
+    assert relative_error(after, before) < 1e-10
 
 
 def test_a_matrix_on_one_side_changes_the_function() -> None:
@@ -67,7 +65,7 @@ def test_a_matrix_on_one_side_changes_the_function() -> None:
     name = str(heads.sources[0].node.args[1].target)  # type: ignore[union-attr]
     found = moved(heads, matrices(heads, 0), {n: program.params.get(n) for n in program.params})
     program.params.put(name, found[name], "test")
-    assert relative_error(prefill_and_decode(program, ids)[:1], before[:1]) > 0.01
+    assert relative_error(prefill_and_decode(program, ids), before) > 0.01
 
 
 def test_ones_change_no_bit() -> None:
@@ -99,7 +97,7 @@ def test_gradients_pass_through_the_fold() -> None:
 def test_learning_makes_rounding_cheaper_and_changes_no_function(tiny_model: Program) -> None:
     found, log = learned(tiny_model, rate=1e-2)
     ids = DATA[0][:, :10]
-    assert relative_error(prefill_and_decode(found, ids)[:1], prefill_and_decode(tiny_model, ids)[:1]) < 1e-3
+    assert relative_error(prefill_and_decode(found, ids), prefill_and_decode(tiny_model, ids)) < 1e-3
     rows = [r.figures for r in log.reports]
     assert len(rows) == 2 and all(r["loss_after"] <= r["loss_before"] for r in rows)
     assert any(r["loss_after"] < r["loss_before"] for r in rows)

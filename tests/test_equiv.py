@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ir.edit import Editor
 from ir.errors import InvariantError
@@ -256,6 +256,23 @@ def test_a_tied_head_is_absent_with_its_reason() -> None:
 
 def test_a_post_norm_is_absent_because_of_the_residual() -> None:
     assert "does not carry the scale" in reason_of(traced("olmo2", 1)[0], "norm->linears")
+
+
+def test_a_softmax_over_a_logit_of_no_key_is_no_attention_and_says_so() -> None:
+    program = traced("gptj", 1)[0]
+    softmax = next(iter(program.calls(aten.softmax)))
+    scores, mix = softmax.args[0], next(iter(softmax.users))
+    assert isinstance(scores, fx.Node)
+    editor = Editor(program, "test").before(softmax)
+    sink = editor.call(aten.slice, scores, -1, 0, 1, like=softmax)
+    joined = editor.call(aten.cat, [scores, sink], -1, like=softmax)
+    softmax.args = (joined, -1)
+    kept = editor.before(mix).call(aten.slice, softmax, -1, 0, -1, like=softmax)
+    mix.replace_input_with(softmax, kept)
+    found = discover(program)
+    assert not found.of("v->o", "q<->k")
+    assert {a.kind for a in found.absences if a.site == mix.name} == {"v->o", "q<->k"}
+    assert joined.name in reason_of(program, "v->o")
 
 
 def test_an_extra_reader_of_a_norm_makes_it_absent() -> None:

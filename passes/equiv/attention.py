@@ -43,6 +43,18 @@ def attentions(program: Program) -> Iterator[Attention]:
             yield Attention(scores, query, key, product_operands(mix)[1], mix)
 
 
+def unclear(program: Program) -> Iterator[tuple[fx.Node, str]]:
+    """Yield every product of a softmax with values whose scores cannot be followed back to a product, and why.
+
+    Such are attentions whose weights do not add up to one, because the softmax sees a logit of no key (a sink).
+    """
+    for softmax in program.calls(*_SOFTMAX):
+        mix = _mix_after(softmax)
+        if mix is not None and _scores_before(softmax) is None:
+            through = next(iter(_stops(softmax)), softmax)
+            yield mix, f"the scores of {softmax.name} come from {through.name}, which is not a product and its masks"
+
+
 def product_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Return the two factors of a product of activations."""
     a, b = node.args[1:3] if is_call(node, aten.baddbmm) else node.args[:2]
@@ -51,15 +63,21 @@ def product_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _scores_before(softmax: fx.Node) -> fx.Node | None:
+    return next((node for node in _stops(softmax) if is_call(node, *PRODUCTS)), None)
+
+
+def _stops(softmax: fx.Node) -> Iterator[fx.Node]:
+    """Yield the calls behind a softmax's scores at which scaling, masks and soft caps end."""
     stack, seen = list(softmax.all_input_nodes), set[fx.Node]()
     while stack:
         node = stack.pop()
-        if is_call(node, *PRODUCTS):
-            return node
-        if node not in seen and node.op == "call_function" and packet_of(node.target) in _POINTWISE:
-            seen.add(node)
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if packet_of(node.target) in _POINTWISE:
             stack.extend(node.all_input_nodes)
-    return None
+        else:
+            yield node
 
 
 def _mix_after(softmax: fx.Node) -> fx.Node | None:

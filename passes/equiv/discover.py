@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from ir.program import TYPE, Program, is_call
 from ir.types import TensorType
-from passes.equiv.attention import FUSED, Attention, attentions
+from passes.equiv.attention import FUSED, Attention, attentions, unclear
 from passes.equiv.constants import is_constant
 from passes.equiv.groups import Absence, Axis, Discovery, EquivGroup, Kind, Slot, TieMap
 from passes.equiv.producers import Seeding, ancestry, bias_of, channels_of, gain_of, seeding
@@ -28,6 +28,8 @@ def discover(program: Program) -> Discovery:
     search = _Search(program)
     for attention in attentions(program):
         search.attention(attention)
+    for node, why in unclear(program):
+        search.absences += [Absence("q<->k", node.name, why), Absence("v->o", node.name, why)]
     for node in program.calls(aten.mul):
         search.gated(node)
     for node in program.calls(*ACTIVATIONS):
