@@ -23,6 +23,7 @@ _BUILT_IN = {
     "rotate": "passes.rotate:Rotate",
     "bits": "passes.bits:Bits",
     "shiftadd": "passes.shiftadd:ShiftAdd",
+    "sparse": "passes.sparse:Sparse",
     "rtn": "passes.rtn:Rtn",
     "gptq": "passes.gptq:Gptq",
     "omniquant": "passes.omniquant:Omniquant",
@@ -31,6 +32,7 @@ _BUILT_IN = {
     "kv": "passes.kv:Kv",
     "tune-scales": "passes.tune_scales:TuneScales",
     "to-shiftadd": "passes.to_shiftadd:ToShiftadd",
+    "pack": "passes.pack:Pack",
 }
 
 

@@ -37,6 +37,7 @@ class Act(Pass):
     order_reason: ClassVar[str] = "passes that fit weights must see float activations"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     gives: ClassVar[frozenset[str]] = frozenset({"coded-activations"})
+    refuses: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
 
     def validate(self) -> None:

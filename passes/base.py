@@ -39,7 +39,7 @@ class Calib:
     """Which activations a pass wants to see, block by block, and whether it differentiates through the block.
 
     stream: `float` is the model as it came, `compressed` the model with all earlier blocks already compressed;
-    original: the float stream is that of the program before an earlier pass coded its weights (`Context.original`).
+    original: it looks at the program before an earlier pass changed its function (`Context.original`).
     """
 
     stream: Literal["float", "compressed", "both"]
@@ -165,8 +165,8 @@ class Context:
     strict: whether a site that a pass skips is an error.
     precision: of the matrix products that carry calibration; bfloat16 rounds their inputs and adds in float32.
     following: the passes that will run after this one, in order.
-    original: the program as it was before a pass of this run first coded weights; None where no pass wants it, or where
-    the run began with coded weights.
+    original: the program as it was before a pass of this run first changed its function; None where no pass wants it,
+    or where the run began with coded weights.
     activation_budget: bytes of calibration's activations that may stay in memory, the rest goes to files under `work`;
     None for all of them.
     """
@@ -213,6 +213,8 @@ class Pass(ABC):
     level: it takes programs from the first level up to the second, and leaves one of the second.
     stage: when in a pipeline it can work; order_reason: why, for the note on a pipeline that was put in order.
     requires, gives, removes: facts needed before, true after, and no longer true after; all others are kept.
+    refuses: facts under which it cannot run; a pass that keeps the masks of a sparse program says so by an empty set.
+    closes_with: the pass that ends what this one began, put at the end of a pipeline that lacks it.
     data: the calibration it wants; exact: whether it promises the same function up to rounding.
     nests: whether it takes a pipeline of its own in parentheses.
     widths: values of its option `bits` that `trial` can try; empty for a pass that codes nothing at a width.
@@ -226,6 +228,8 @@ class Pass(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
     removes: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[frozenset[str]] = frozenset({"masks"})
+    closes_with: ClassVar[str] = ""
     data: ClassVar[Calib | None] = None
     exact: ClassVar[bool]
     nests: ClassVar[bool] = False

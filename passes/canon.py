@@ -19,6 +19,7 @@ class Canon(Pass):
     level: ClassVar[tuple[str, str]] = ("model", "model")
     stage: ClassVar[Stage] = Stage.CANON
     gives: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    refuses: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = True
 
     def run(self, program: Program, ctx: Context) -> None:

@@ -50,7 +50,7 @@ class Settings:
 class _Run:
     """State handed along a pipeline: the last probe is reused while the program has not changed.
 
-    original: the program before the first pass that codes weights, where a later pass wants it.
+    original: the program before the first pass that changes its function, where a later pass wants it.
     """
 
     probe: Probe | None = None
@@ -83,7 +83,8 @@ def run_pipeline(
         before = dump(program) if settings.folder is not None else ""
         try:
             following = tuple(Pipeline(pipeline.items[index + 1 :]).passes())
-            if _codes_first(program, item.pass_) and any(_wants_original(pass_) for pass_ in following):
+            first = state.original is None and program.level == "model" and not item.pass_.exact
+            if first and any(_wants_original(pass_) for pass_ in following):
                 state.original = program.clone()
             own = replace(ctx, following=following, original=state.original)
             report = _run_one(program, item.pass_, own, settings, state, index)
@@ -98,10 +99,6 @@ def run_pipeline(
         _dump(program, settings, "each", index + 1, item.pass_.name)
     _dump(program, settings, "after", len(state.reports), "after")
     return tuple(state.reports)
-
-
-def _codes_first(program: Program, pass_: Pass) -> bool:
-    return program.level == "model" and pass_.level[1] != "model"
 
 
 def _wants_original(pass_: Pass) -> bool:

@@ -82,7 +82,9 @@ def parse_recipe(path: Path, registry: Registry | None = None) -> Pipeline:
 
 
 def schedule(pipeline: Pipeline, keep_order: bool = False) -> tuple[Pipeline, list[str]]:
-    """Return the pipeline sorted by stage (passes of one stage as written) and a note for each order that changed.
+    """Return the pipeline sorted by stage (passes of one stage as written), with the passes that have to end it.
+
+    The notes say which order changed and what was added.
 
     Raises UsageError if the order would change and `keep_order` forbids it.
     """
@@ -94,7 +96,20 @@ def schedule(pipeline: Pipeline, keep_order: bool = False) -> tuple[Pipeline, li
             why="; ".join(notes),
             fix=f"write {Pipeline(items)}, or leave out --keep-order",
         )
-    return Pipeline(items), notes
+    closed, more = _closed(items)
+    return Pipeline(closed), notes + more
+
+
+def _closed(items: Sequence[Item]) -> tuple[tuple[Item, ...], list[str]]:
+    """Return passes with those put at the end that have to end what others began, and a note for each."""
+    names, notes, added = {item.pass_.name for item in items}, [], []
+    for item in items:
+        last = item.pass_.closes_with
+        if last and last not in names:
+            names.add(last)
+            added.append(Item(load_pass(last)()))
+            notes.append(f"added {last}, which stores what {item.pass_.name} leaves")
+    return (*items, *added), notes
 
 
 def check(
@@ -221,6 +236,8 @@ def _check_items(
         _check_level(order, at, level)
         for fact in sorted(item.pass_.requires - facts):
             raise _missing_fact(order, at, fact, registry)
+        for fact in sorted(item.pass_.refuses & facts):
+            raise _wrong_fact(order, at, fact)
         # What a pass gives holds once its nested passes are through, so those start from the state before it.
         level, facts = _check_items(item.nested, order, numbers, level, facts, registry)
         level, facts = item.pass_.level[1], item.pass_.facts_after(facts)
@@ -258,6 +275,17 @@ def _missing_fact(order: Sequence[Pass], at: int, fact: str, registry: Registry 
         fix = f"put {' or '.join(givers)} right before it" if givers else f"no installed pass gives {fact}"
         fix += "".join(f"; pass {name} could not be loaded" for name in broken)
     return UnsupportedError(f"pass {pass_.name} cannot run", where=_place(order, at), why=why, fix=fix)
+
+
+def _wrong_fact(order: Sequence[Pass], at: int, fact: str) -> UnsupportedError:
+    pass_ = order[at]
+    giver = next((other.name for other in reversed(order[:at]) if fact in other.gives), "an earlier run")
+    return UnsupportedError(
+        f"pass {pass_.name} cannot run",
+        where=_place(order, at),
+        why=f"it would not keep the {fact} that {giver} left",
+        fix=f"leave out {pass_.name} or {giver}",
+    )
 
 
 def _givers(fact: str, registry: Registry | None) -> tuple[list[str], list[str]]:

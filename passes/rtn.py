@@ -9,13 +9,25 @@ from typing import ClassVar
 from torch import Tensor
 
 from ir.analysis import LinearSite, blocks
+from ir.ops.nm import gather_kept, pack_mask
 from ir.ops.quant import QuantCodes
+from ir.ops.sparse import SparseCodes
 from ir.program import Program
 from passes.base import Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.quantize.hessian import Gram
 from passes.quantize.salience import row_energy
 from passes.quantize.uniform import packed, packed_bytes, rtn
-from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, put_quant_codes, weights_of
+from passes.sites import (
+    check_group,
+    check_skip,
+    choose_sites,
+    figures,
+    outside_blocks,
+    put_quant_codes,
+    put_sparse_codes,
+    weights_of,
+)
+from passes.sparsify.masks import Mask, kept_group, mask_of
 from passes.widths import width_of
 
 
@@ -38,6 +50,7 @@ class Rtn(Pass):
     stage: ClassVar[Stage] = Stage.QUANTIZE
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     gives: ClassVar[frozenset[str]] = frozenset({"quant-weights"})
+    refuses: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
     widths: ClassVar[range] = range(2, 9)
 
@@ -68,10 +81,14 @@ class Rtn(Pass):
         step = ctx.log.progress(len(sites), self.name)
         for site in sites:
             weight = weights_of(program, [site], self.name)
-            codes = self._round(weight, width_of(program, site, self.bits))
+            bits, mask = width_of(program, site, self.bits), mask_of(program, site)
+            codes = self._round(weight, bits) if mask is None else self._round_kept(weight, mask, bits)
             error = weight - codes.dequantize(weight.dtype)
             rel = float(error.square().sum() / weight.square().sum().clamp_min(1e-300))
-            put_quant_codes(program, site, codes, self.name)
+            if isinstance(codes, QuantCodes):
+                put_quant_codes(program, site, codes, self.name)
+            else:
+                put_sparse_codes(program, site, codes, self.name)
             ctx.log.report(site=site.name, **figures(codes.stored_bits, site.rows, site.inputs, rel))
             step()
 
@@ -92,6 +109,13 @@ class Rtn(Pass):
 
     def _round(self, weight: Tensor, bits: int) -> QuantCodes:
         return packed(rtn(weight, bits, self.group, self.symmetric, self.terms), self.symmetric)
+
+    def _round_kept(self, weight: Tensor, mask: Mask, bits: int) -> SparseCodes:
+        """Return the weights that a mask keeps, around zero; groups of the option's inputs share a scale."""
+        group = kept_group(self.group, mask.pattern, self.name)
+        kept = packed(rtn(gather_kept(weight, mask.kept), bits, group, True, self.terms), True)
+        n, m = mask.pattern.n, mask.pattern.m
+        return SparseCodes(kept, pack_mask(mask.kept, n, m), n, m, weight.shape[1])
 
     def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
         size, weights = self.stored_bytes(site, bits), site.rows * site.inputs

@@ -16,8 +16,10 @@ from ir.errors import UnsupportedError
 from ir.ops.nested import NestedCodes, check_precision
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
+from ir.ops.sparse import SparseCodes
 from ir.program import Program
 from passes.base import Context, OptionError
+from passes.sparsify.masks import drop_mask
 
 nomul = torch.ops.nomul
 
@@ -146,6 +148,24 @@ def put_quant_codes(program: Program, site: LinearSite, codes: QuantCodes, by: s
     zeros = None if codes.zeros is None else editor.param(f"{stem}.zeros", codes.zeros)
     args = (site.node.args[0], *parts, zeros, site.bias, codes.bits, codes.group)
     return _replace(editor, site, nomul.quant_linear, args)
+
+
+def put_sparse_codes(program: Program, site: LinearSite, codes: SparseCodes, by: str) -> fx.Node:
+    """Replace a linear by `nomul.sparse_linear` or `nomul.sparse_shiftadd_linear`, and let go of its mask."""
+    editor, stem = Editor(program, by).before(site.node), _stem(site)
+    x, kept, mask = site.node.args[0], codes.kept, editor.param(f"{stem}.mask", codes.mask)
+    if isinstance(kept, ShiftCodes):
+        parts = {name: editor.param(f"{stem}.{name}", tensor) for name, tensor in kept.tensors().items()}
+        stored = (parts["signs"], parts["scales"], parts.get("exponents"), parts.get("offsets"), mask, site.bias)
+        layout: tuple[int | str, ...] = (codes.n, codes.m, kept.group, kept.terms, kept.row_group, kept.code)
+        new = _replace(editor, site, nomul.sparse_shiftadd_linear, (x, *stored, *layout))
+    else:
+        values = editor.param(f"{stem}.values", kept.codes if isinstance(kept, QuantCodes) else kept)
+        scales = editor.param(f"{stem}.scales", kept.scales) if isinstance(kept, QuantCodes) else None
+        layout = (codes.n, codes.m, kept.bits, kept.group) if isinstance(kept, QuantCodes) else (codes.n, codes.m)
+        new = _replace(editor, site, nomul.sparse_linear, (x, values, mask, scales, site.bias, *layout))
+    drop_mask(program, site.weight)
+    return new
 
 
 def _stem(site: LinearSite) -> str:

@@ -12,17 +12,20 @@ from ir.analysis import LinearSite, sibling_sites
 from ir.ops.nested import NestedCodes
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
+from ir.ops.sparse import SparseCodes
 from ir.program import Program
 from passes.base import Context, Event
 from passes.checkpoint import as_json, load_block, replay, save_block
-from passes.sites import put_nested_codes, put_quant_codes, put_shift_codes
+from passes.sites import put_nested_codes, put_quant_codes, put_shift_codes, put_sparse_codes
 
-Codes = ShiftCodes | NestedCodes | QuantCodes
+Codes = ShiftCodes | NestedCodes | QuantCodes | SparseCodes
 # Before the names of parameters that stay float, in a finished block's file.
 _FLOAT = "float:"
 # The key of what a pass recorded of a block, beside those of its nodes.
 _SAID = "said:"
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (ShiftCodes, NestedCodes, QuantCodes)}
+# Between the name of codes within codes and those of their parts.
+_WITHIN = ">"
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (ShiftCodes, NestedCodes, QuantCodes, SparseCodes)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,8 @@ def put_solved(program: Program, row: Solved, pass_name: str, ctx: Context) -> N
 def _put_codes(program: Program, row: Solved, pass_name: str) -> None:
     if isinstance(row.codes, NestedCodes):
         put_nested_codes(program, row.site, row.codes, pass_name)
+    elif isinstance(row.codes, SparseCodes):
+        put_sparse_codes(program, row.site, row.codes, pass_name)
     elif isinstance(row.codes, QuantCodes):
         put_quant_codes(program, row.site, row.codes, pass_name)
     else:
@@ -103,7 +108,8 @@ def restore_solved(program: Program, sites: list[LinearSite], pass_name: str, ct
 def _kept(codes: Codes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the JSON-able rest of codes, from which `_restored` makes them again.
 
-    Tensors of a tuple are numbered; the rest names the kind of codes and the lengths of its tuples.
+    Tensors of a tuple are numbered, those of codes within go by their prefix; the rest names the kind of codes and the
+    lengths of its tuples.
     """
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {"kind": type(codes).__name__, "lengths": {}}
@@ -111,6 +117,9 @@ def _kept(codes: Codes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         value = getattr(codes, f.name)
         if isinstance(value, Tensor):
             tensors[f.name] = value
+        elif type(value).__name__ in _KINDS:
+            inner, facts[f.name] = _kept(value)
+            tensors.update({f"{f.name}{_WITHIN}{name}": t for name, t in inner.items()})
         elif isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value):
             tensors.update({f"{f.name}.{i}": t for i, t in enumerate(value)})
             facts["lengths"][f.name] = len(value)
@@ -121,10 +130,13 @@ def _kept(codes: Codes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _restored(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Codes:
     """Return the codes that `_kept` took apart."""
-    rest = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in facts.items() if name not in ("kind", "lengths")
-    }
-    parts: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    inside = {name: v for name, v in facts.items() if isinstance(v, dict) and name != "lengths"}
+    plain = {name: v for name, v in facts.items() if name not in ("kind", "lengths", *inside)}
+    rest = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+    parts: dict[str, Any] = {n: t for n, t in tensors.items() if "." not in n and _WITHIN not in n}
+    for name, within in inside.items():
+        inner = {n.removeprefix(name + _WITHIN): t for n, t in tensors.items() if n.startswith(name + _WITHIN)}
+        parts[name] = _restored(inner, within)
     for name, length in facts["lengths"].items():
         parts[name] = tuple(tensors[f"{name}.{i}"] for i in range(length))
     found: Codes = _KINDS[facts["kind"]](**parts, **rest)

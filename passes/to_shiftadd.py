@@ -36,6 +36,7 @@ class ToShiftadd(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"quant-weights"})
     gives: ClassVar[frozenset[str]] = frozenset({"shift-weights"})
     removes: ClassVar[frozenset[str]] = frozenset({"quant-weights"})
+    refuses: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = True
 
     def validate(self) -> None:

@@ -54,6 +54,7 @@ class TuneScales(Pass):
     order_reason: ClassVar[str] = "it trains the scales of codes that are there"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True)
+    refuses: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
 
     def validate(self) -> None:

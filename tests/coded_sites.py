@@ -10,7 +10,8 @@ from ir.ops.nested import NestedCodes
 from ir.program import PATH, Program, is_call
 
 nomul = torch.ops.nomul
-CODED = (nomul.shiftadd_linear, nomul.quant_linear, nomul.nested_linear)
+SPARSE = (nomul.sparse_linear, nomul.sparse_shiftadd_linear)
+CODED = (nomul.shiftadd_linear, nomul.quant_linear, nomul.nested_linear, *SPARSE)
 
 
 def coded(program: Program) -> dict[str, fx.Node]:
@@ -20,7 +21,7 @@ def coded(program: Program) -> dict[str, fx.Node]:
 
 def parts(program: Program, node: fx.Node) -> list[Tensor | None]:
     """The stored tensors of a coded linear, None for an absent one."""
-    if is_call(node, nomul.nested_linear):
+    if is_call(node, nomul.nested_linear, *SPARSE):
         return [program.value(held) for nodes in code_nodes(node).values() for held in nodes]
     count = 5 if is_call(node, nomul.shiftadd_linear) else 4
     return [None if a is None else program.value(a) for a in node.args[1:count]]  # type: ignore[arg-type]

@@ -5,17 +5,19 @@ Frantar et al. 2023 (2210.17323), Algorithm 1; all arithmetic is float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ir.errors import UsageError
+from ir.errors import InvariantError, UsageError
 from passes.quantize.hessian import PreparedHessian, prepare
-from passes.quantize.order import Span, group_order, lazy_blocks
+from passes.quantize.order import Span, group_order
+from passes.quantize.sweep import Keep, Laid, Lay, sweep
 from passes.quantize.uniform import UniformCodes, ranges, rtn, searched, within
+from passes.sparsify.pattern import Pattern, nm_mask
+from passes.sparsify.sparsegpt import choosing
 
 Order = Literal["groups", "inputs", "stored"]
 
@@ -50,22 +52,23 @@ class GptqSpec:
 
 
 @dataclass
-class _Loop:
-    """A weight on its way, inputs in processing order along the first dim: the rest to round, levels, codes.
+class _Codes:
+    """Codes and levels of a weight on its way; codes: uint8 [K, N], inputs in processing order."""
 
-    rest, steps, zeros: float64 [K, N]; codes: uint8 [K, N].
-    """
-
-    rest: Tensor
-    steps: Tensor
-    zeros: Tensor
     codes: Tensor
+    levels: list[UniformCodes]
 
-    def lay(self, start: int, levels: UniformCodes, columns: Tensor) -> None:
-        """Take the levels of inputs from `start` on; columns: which of the levels' inputs these are."""
-        groups = columns // levels.group
-        self.steps[start : start + len(columns)] = levels.scales.double().T[groups]
-        self.zeros[start : start + len(columns)] = levels.zeros.double().T[groups]
+    def laid(self, levels: UniformCodes, columns: Tensor, start: int) -> Laid:
+        """Return what rounds inputs from `start` on to levels; columns: which of the levels' inputs these are."""
+        groups, top = columns // levels.group, 2**levels.bits - 1
+        steps, zeros = levels.scales.double().T[groups], levels.zeros.double().T[groups]
+
+        def become(j: int, column: Tensor) -> Tensor:
+            codes = (torch.round(column / steps[j]) + zeros[j]).clamp_(0, top)
+            self.codes[start + j] = codes.to(torch.uint8)
+            return (codes - zeros[j]) * steps[j]
+
+        return become
 
 
 def gptq(
@@ -85,71 +88,110 @@ def gptq(
     Raises UsageError for a weight that is not a finite matrix or a Hessian of another size, UnsupportedError for one
     that cannot be factored.
     """
+    _check(weight, hessian, site)
+    if hessian is None:
+        return spec.levels(weight, min(spec.group, weight.shape[1]), None, shares)
+    return _swept(weight, hessian, spec, shares, None, tokens, site)[0]
+
+
+def sparse_gptq(
+    weight: Tensor,
+    hessian: Tensor | None,
+    spec: GptqSpec,
+    kept: Tensor | Pattern,
+    *,
+    tokens: int = 0,
+    site: str = "",
+) -> tuple[UniformCodes, Tensor]:
+    """Return codes of a weight of which a row keeps some inputs, and which these are, bool [N, K].
+
+    kept: the mask, or a pattern under which it is chosen in the same loop (SparseGPT, 2301.00774, section 3.5), group
+    by group as each is reached. What is not kept has the code of zero. The rest as for `gptq`; the specification must
+    be symmetric.
+    """
+    _check(weight, hessian, site)
+    if not spec.symmetric:
+        raise InvariantError("codes of a sparse weight lie around zero", where=site, fix="ask for symmetric ones")
+    if hessian is None:
+        mask = nm_mask(weight.abs(), kept) if isinstance(kept, Pattern) else kept
+        return spec.levels(torch.where(mask, weight, 0.0), min(spec.group, weight.shape[1]), None), mask
+    return _swept(weight, hessian, spec, None, kept, tokens, site)
+
+
+def _check(weight: Tensor, hessian: Tensor | None, site: str) -> None:
     if weight.ndim != 2 or not torch.isfinite(weight).all():
         raise UsageError("the weight must be a finite matrix", where=site, why=f"its shape is {list(weight.shape)}")
     inputs = weight.shape[1]
-    if hessian is None:
-        return spec.levels(weight, min(spec.group, inputs), None, shares)
-    if hessian.shape != (inputs, inputs):
+    if hessian is not None and hessian.shape != (inputs, inputs):
         raise UsageError(f"a Hessian of {inputs} inputs is needed", where=site, why=f"it is {list(hessian.shape)}")
-    group = min(spec.group, inputs)
-    columns, spans = _order(hessian.diagonal(), group, spec.order)
+
+
+def _swept(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: GptqSpec,
+    shares: Tensor | None,
+    kept: Tensor | Pattern | None,
+    tokens: int,
+    site: str,
+) -> tuple[UniformCodes, Tensor]:
+    group = min(spec.group, weight.shape[1])
+    columns, spans = _order(hessian.diagonal(), group, spec.order, kept.m if isinstance(kept, Pattern) else 1)
     prepared = prepare(hessian[columns][:, columns], spec.damp, tokens=tokens, site=site)
     rest = weight.double()[:, columns].masked_fill(prepared.dead, 0.0).T.contiguous()
-    loop = _Loop(rest, torch.empty_like(rest), torch.empty_like(rest), torch.empty(rest.shape, dtype=torch.uint8))
-    levels = list(_round(loop, weight, columns, spans, prepared, spec, shares))
-    stored = torch.empty_like(loop.codes.T)
-    stored[:, columns] = loop.codes.T
-    if spec.order == "inputs":
-        return UniformCodes(stored, levels[0].scales, levels[0].zeros, spec.bits, group)
-    by_group = sorted(zip(spans, levels, strict=True), key=lambda pair: pair[0].group)
-    scales, zeros = (torch.cat([getattr(found, name) for _, found in by_group], 1) for name in ("scales", "zeros"))
-    return UniformCodes(stored.contiguous(), scales, zeros, spec.bits, group)
+    found = _Codes(torch.empty(rest.shape, dtype=torch.uint8), [])
+    seen = torch.where(kept, weight, 0.0) if isinstance(kept, Tensor) else weight
+    lay = _laying(found, seen, columns, spans, prepared, spec, shares)
+    mask = sweep(rest, prepared, spans, lay, _keeping(kept, columns))
+    found.codes.masked_fill_(~mask, 2 ** (spec.bits - 1))
+    stored, stored_mask = torch.empty_like(found.codes.T), torch.empty_like(mask.T)
+    stored[:, columns], stored_mask[:, columns] = found.codes.T, mask.T
+    stored, levels = stored.contiguous(), found.levels
+    if spec.order != "inputs":
+        levels = [one for _, one in sorted(zip(spans, levels, strict=True), key=lambda pair: pair[0].group)]
+    scales, zeros = (torch.cat([getattr(one, name) for one in levels], 1) for name in ("scales", "zeros"))
+    return UniformCodes(stored, scales, zeros, spec.bits, group), stored_mask.contiguous()
 
 
-def _order(diagonal: Tensor, group: int, order: Order) -> tuple[Tensor, tuple[Span, ...]]:
+def _order(diagonal: Tensor, group: int, order: Order, unit: int) -> tuple[Tensor, tuple[Span, ...]]:
     if order != "inputs":
-        return group_order(diagonal, group, order == "groups")
+        return group_order(diagonal, group, order == "groups", unit)
+    if unit > 1:
+        raise UsageError("a mask is chosen group by group", why="order=inputs mixes them", fix="use order=groups")
     columns = torch.argsort(diagonal, descending=True, stable=True).cpu()
     return columns, group_order(diagonal, group, False)[1]
 
 
-def _round(
-    loop: _Loop,
+def _keeping(kept: Tensor | Pattern | None, columns: Tensor) -> Keep | None:
+    if kept is None or isinstance(kept, Pattern):
+        return None if kept is None else choosing(kept)
+    ordered = kept[:, columns].T
+    return lambda span, part, diagonal: ordered[span.start : span.end]
+
+
+def _laying(
+    found: _Codes,
     weight: Tensor,
     columns: Tensor,
     spans: tuple[Span, ...],
     prepared: PreparedHessian,
     spec: GptqSpec,
     shares: Tensor | None,
-) -> Iterator[UniformCodes]:
-    """Round all inputs, and yield the levels as they are laid: once for all groups, or group by group."""
-    upper, curvature = prepared.upper, prepared.matrix.diagonal()
+) -> Lay:
+    """Return what lays the levels of a group when it is reached, or of all groups at once before the first."""
+    curvature = prepared.matrix.diagonal()
     if spec.order == "inputs":
         stored = torch.empty_like(curvature)
         stored[columns] = curvature
         levels = spec.levels(weight, spans[0].end, stored, shares)
-        loop.lay(0, levels, columns)
-        yield levels
-    for block in lazy_blocks(spans):
-        start, end = block[0].start, block[-1].end
-        errors = torch.empty_like(loop.rest[start:end])
-        for span in block:
-            s, e = span.start, span.end
-            if spec.order != "inputs":
-                own = None if shares is None else shares[:, :, span.group, None]
-                levels = spec.levels(loop.rest[s:e].T, e - s, curvature[s:e], own)
-                loop.lay(s, levels, torch.arange(e - s))
-                yield levels
-            for j in range(s, e):
-                errors[j - start] = error = _round_one(loop, j, 2**spec.bits - 1) / upper[j, j]
-                loop.rest[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1.0)
-        loop.rest[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1.0)
+        found.levels.append(levels)
+        return lambda span, part: found.laid(levels, columns[span.start : span.end], span.start)
 
+    def lay(span: Span, part: Tensor) -> Laid:
+        s, e = span.start, span.end
+        own = None if shares is None else shares[:, :, span.group, None]
+        levels = spec.levels(part.T, e - s, curvature[s:e], own)
+        found.levels.append(levels)
+        return found.laid(levels, torch.arange(e - s), s)
 
-def _round_one(loop: _Loop, j: int, top: int) -> Tensor:
-    """Round one input of all rows; return what its codes leave, [N]."""
-    step, zero = loop.steps[j], loop.zeros[j]
-    codes = (torch.round(loop.rest[j] / step) + zero).clamp_(0, top)
-    loop.codes[j] = codes.to(torch.uint8)
-    return loop.rest[j] - (codes - zero) * step
+    return lay

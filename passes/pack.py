@@ -1,0 +1,55 @@
+"""`pack`: weights with a mask as the bits of the mask and the kept values, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+
+from ir.analysis import linear_sites
+from ir.ops.sparse import sparse_codes
+from ir.program import Program
+from passes.base import Context, Pass, PlanRow, Stage
+from passes.sites import figures, put_sparse_codes
+from passes.sparsify.masks import MASKS, mask_of
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Pack(Pass):
+    """Store masked weights that are still floats as `nomul::sparse_linear`: kept values and a bit an input."""
+
+    values: Literal["float16", "bfloat16", "float32"] = field(
+        default="float16", metadata={"help": "what kept values are stored as; float32 keeps them bit for bit"}
+    )
+
+    name: ClassVar[str] = "pack"
+    level: ClassVar[tuple[str, str]] = ("model", "compressed")
+    stage: ClassVar[Stage] = Stage.LOWER
+    order_reason: ClassVar[str] = "pack stores what is left in floats"
+    requires: ClassVar[frozenset[str]] = frozenset({"masks"})
+    removes: ClassVar[frozenset[str]] = frozenset({"masks"})
+    refuses: ClassVar[frozenset[str]] = frozenset()
+    exact: ClassVar[bool] = False
+
+    def plan(self, program: Program) -> list[PlanRow]:
+        """Return the sites that have a mask by now; most get theirs from the passes before."""
+        return [PlanRow(name, f"store kept values in {self.values}") for name in program.attributes.get(MASKS, {})]
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Pack every weight that has a mask; what earlier passes stored as codes has none any more."""
+        masked = program.attributes.get(MASKS, {})
+        sites = [s for s in linear_sites(program, list(program.graph.nodes))[0] if s.weight in masked]
+        step = ctx.log.progress(len(sites), self.name)
+        for site in sites:
+            mask, weight = mask_of(program, site), program.params.get(site.weight)
+            assert mask is not None
+            values = weight.to(DTYPES[self.values])
+            codes = sparse_codes(values, mask.kept, mask.pattern.n, mask.pattern.m)
+            whole = float(weight.double().square().sum())
+            lost = float((weight.double() - values.double()).square().sum()) / whole if whole > 0 else 0.0
+            put_sparse_codes(program, site, codes, self.name)
+            ctx.log.report(site=site.name, **figures(codes.stored_bits, site.rows, site.inputs, lost))
+            step()

@@ -1,0 +1,162 @@
+"""`sparse`: n of every m weights of a row kept, the others zero, in one shot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ir.analysis import LinearSite, blocks, sibling_sites
+from ir.errors import UnsupportedError
+from ir.program import Program
+from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
+from passes.checkpoint import load_block, save_block
+from passes.quantize.hessian import Gram
+from passes.quantize.salience import relative_loss, row_energy
+from passes.quantize.targets import corrected
+from passes.sites import check_skip, choose_sites, outside_blocks, weights_of
+from passes.sparsify.dsnot import exchanged
+from passes.sparsify.masks import Mask, put_mask
+from passes.sparsify.observed import Observed, observed
+from passes.sparsify.pattern import Pattern, nm_mask, pattern_of
+from passes.sparsify.scores import kept_share, magnitude, wanda
+from passes.sparsify.sparsegpt import sparsegpt
+from passes.stream import walk
+
+Method = Literal["magnitude", "wanda", "sparsegpt", "dsnot"]
+
+
+@dataclass(frozen=True)
+class Sparse(Pass):
+    """Keep n of every m neighbouring weights of a row and leave their masks for the passes that store or train them."""
+
+    pattern: str = field(default="2:4", metadata={"help": "n:m, how many of how many neighbouring inputs a row keeps"})
+    method: Method = field(
+        default="sparsegpt",
+        metadata={
+            "help": "what is kept: the largest (magnitude), the largest times its input (wanda), that with exchanges "
+            "(dsnot), or what the rest can make up for least, the rest making up for what goes (sparsegpt)"
+        },
+    )
+    share: float = field(
+        default=0.25,
+        metadata={"help": "sparsegpt: how much of the correction for what earlier blocks did is taken, 0 to 1"},
+    )
+    damp: float = field(default=0.01, metadata={"help": "sparsegpt: damping of the Hessian, relative to its mean"})
+    skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave dense, `*` stands for any text"})
+
+    name: ClassVar[str] = "sparse"
+    level: ClassVar[tuple[str, str]] = ("model", "model")
+    stage: ClassVar[Stage] = Stage.SPARSIFY
+    order_reason: ClassVar[str] = "sparse chooses among weights that nothing may turn or scale afterwards"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    gives: ClassVar[frozenset[str]] = frozenset({"masks"})
+    exact: ClassVar[bool] = False
+    closes_with: ClassVar[str] = "pack"
+
+    def needs(self) -> Calib | None:
+        """Return the streams that the method looks at."""
+        if self.method == "magnitude":
+            return None
+        return Calib("both" if self._both else "compressed")
+
+    @property
+    def _both(self) -> bool:
+        return self.method == "sparsegpt" and self.share > 0
+
+    def validate(self) -> None:
+        """Raise OptionError for a text that is no pattern and values out of range."""
+        try:
+            pattern_of(self.pattern)
+        except ValueError as error:
+            raise OptionError(self.name, "pattern", str(error), fix="use one such as 2:4") from None
+        if not 0 <= self.share <= 1:
+            raise OptionError(self.name, "share", f"{self.share} is outside 0..1")
+        if not 0 < self.damp <= 1:
+            raise OptionError(self.name, "damp", f"{self.damp} is outside (0, 1]")
+
+    def plan(self, program: Program) -> list[PlanRow]:
+        """Return the sites that get a mask."""
+        nodes = [n for block in blocks(program) for n in block.nodes]
+        return [PlanRow(s.name, f"keep {self.pattern}") for s in self._sites(program, nodes, Context())]
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Choose block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""
+        nodes = [n for block in blocks(program) for n in block.nodes]
+        check_skip(program, self.skip, self.name)
+        sites = self._sites(program, nodes, ctx)
+        outside_blocks(program, nodes, self.skip, ctx)
+        needed = self.needs()
+        if needed is None:
+            step = ctx.log.progress(len(sites), self.name)
+            for site in sites:
+                self._put(program, site, *self._cut(program, site, None), None, ctx)
+                step()
+            return
+        for walked in walk(program, ctx, needed.stream, self.name):
+            own = self._sites(program, walked.block.nodes, Context())
+            found = load_block(ctx.work, walked.block.index)
+            kept: dict[str, Tensor] = {}
+            for group, seen in observed(walked, sibling_sites(own), self._both, self.method == "dsnot"):
+                for site in group:
+                    stem = site.node.name
+                    if found is None:
+                        weight, mask = self._cut(program, site, seen)
+                        kept |= {f"{stem}/weight": weight, f"{stem}/mask": mask}
+                    else:
+                        weight, mask = found[0][f"{stem}/weight"], found[0][f"{stem}/mask"]
+                    self._put(program, site, weight, mask, seen.moments.gram, ctx)
+            if found is None:
+                save_block(ctx.work, walked.block.index, kept, {})
+
+    def _sites(self, program: Program, nodes: Sequence[torch.fx.Node], ctx: Context) -> list[LinearSite]:
+        """Return the sites whose inputs the pattern divides; the others are recorded."""
+        pattern, fitting = pattern_of(self.pattern), []
+        for site in choose_sites(program, nodes, self.skip, ctx):
+            if pattern.fits(site.inputs):
+                fitting.append(site)
+            else:
+                ctx.log.skip(site.name, f"its {site.inputs} inputs are no multiple of the pattern {pattern}")
+        return fitting
+
+    def _cut(self, program: Program, site: LinearSite, seen: Observed | None) -> tuple[Tensor, Tensor]:
+        """Return a site's weight with zeros where none is kept, in its dtype, and its mask."""
+        weight, pattern = weights_of(program, [site], self.name), pattern_of(self.pattern)
+        dtype = program.params.type_of(site.weight).dtype
+        if seen is None or not bool(seen.energy.any()):
+            mask = nm_mask(magnitude(weight), pattern)
+        elif self.method == "sparsegpt":
+            return self._with_the_rest(weight, seen, pattern, site, dtype)
+        else:
+            score = wanda(weight, seen.energy)
+            mask = nm_mask(score, pattern)
+            if self.method == "dsnot":
+                mask = exchanged(weight, mask, score, seen.mean, seen.variance, pattern)
+        return torch.where(mask, weight, 0.0).to(dtype), mask
+
+    def _with_the_rest(
+        self, weight: Tensor, seen: Observed, pattern: Pattern, site: LinearSite, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        gram = seen.moments.gram
+        target = corrected(weight, seen.moments, self.damp, self.share)
+        try:
+            found, mask = sparsegpt(target, gram.matrix, pattern, self.damp, tokens=gram.tokens, site=site.name)
+        except UnsupportedError:
+            mask = nm_mask(wanda(weight, seen.energy), pattern)
+            found = torch.where(mask, weight, 0.0)
+        return found.to(dtype), mask
+
+    def _put(
+        self, program: Program, site: LinearSite, weight: Tensor, mask: Tensor, gram: Gram | None, ctx: Context
+    ) -> None:
+        whole = program.params.get(site.weight).double()
+        lost = relative_loss(row_energy(whole - weight.double(), gram), row_energy(whole, gram))
+        share = kept_share(whole, mask)
+        program.params.put(site.weight, weight, self.name)
+        put_mask(program, site, Mask(mask, pattern_of(self.pattern)), self.name)
+        if self.method != "magnitude" and gram is not None and not bool(gram.matrix.diagonal().any()):
+            ctx.log.skip(site.name, f"its inputs were zero for all {gram.tokens} tokens, so the largest weights stay")
+        ctx.log.report(site=site.name, kept_energy=share, rel_error=lost**0.5)
