@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,12 +26,48 @@ _KEPT = ("before", "least", "done", "slowed", "events")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
+class Course(Protocol):
+    """What a problem does besides following gradients: its optimiser, and tensors of the state that no gradient moves.
+
+    held: their values at the start, by name; they are in the state that the loss sees, in the best state, and kept.
+    """
+
+    held: State
+
+    def optimiser(self, leaves: State, held: State, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        """Return a new optimiser with one parameter group a leaf, in order, at these learning rates."""
+
+    def before(self, optimiser: torch.optim.Optimizer, done: float) -> None:
+        """Prepare a step; done: the share of all steps that lie behind."""
+
+    def after(self, leaves: State, held: State, step: int, done: float) -> None:
+        """Change held tensors, in place, after step number `step`, counted from 1."""
+
+
+class Plain:
+    """AdamW without decay, and nothing held."""
+
+    def __init__(self) -> None:
+        self.held: State = {}
+
+    def optimiser(self, leaves: State, held: State, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        """Return AdamW with torch's defaults and no decay."""
+        groups = [{"params": [leaf], "lr": rates[name]} for name, leaf in leaves.items()]
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+
+    def before(self, optimiser: torch.optim.Optimizer, done: float) -> None:
+        """Do nothing."""
+
+    def after(self, leaves: State, held: State, step: int, done: float) -> None:
+        """Do nothing."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """What is trained: tensors at their start, the learning rate of each, and a loss.
 
     loss: of a state on a batch, a scalar with gradients; batches: how many there are; release: lets go of what the loss
-    holds on to.
+    holds on to; course: what happens besides following gradients.
     """
 
     start: State
@@ -39,6 +75,7 @@ class Problem:
     loss: Loss
     batches: int
     release: Callable[[], None] = lambda: None
+    course: Course = field(default_factory=Plain)
 
 
 @dataclass(frozen=True)
@@ -74,10 +111,13 @@ class Outcome:
 class _Run:
     """Where training stands: the tensors, their optimiser, the best state so far, and how often it went back.
 
-    before, least: the judged loss at the start and the least so far; done: epochs.
+    leaves follow gradients, held tensors the course; before, least: the judged loss at the start and the least so far;
+    done: epochs.
     """
 
     leaves: State
+    held: State
+    course: Course
     rates: Mapping[str, float]
     best: State
     before: float
@@ -94,10 +134,14 @@ class _Run:
     def restart(self) -> None:
         """Begin anew from the best state, with no memory of earlier gradients."""
         with torch.no_grad():
-            for name, leaf in self.leaves.items():
-                leaf.copy_(self.best[name])
-        groups = [{"params": [leaf], "lr": self.rates[name]} for name, leaf in self.leaves.items()]
-        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+            for name, tensor in self.state.items():
+                tensor.copy_(self.best[name])
+        self.optimiser = self.course.optimiser(self.leaves, self.held, self.rates)
+
+    @property
+    def state(self) -> State:
+        """All tensors as they are now."""
+        return self.leaves | self.held
 
     def go_back(self, why: str) -> None:
         self.slowed /= 2
@@ -110,7 +154,7 @@ class _Run:
 
     def save(self, work: Path) -> None:
         """Keep all that the next epoch depends on; of an earlier epoch it is then let go."""
-        tensors = {f"leaf/{n}": t.detach() for n, t in self.leaves.items()} | {
+        tensors = {f"leaf/{n}": t.detach() for n, t in self.state.items()} | {
             f"best/{n}": t for n, t in self.best.items()
         }
         for name, leaf in self.leaves.items():
@@ -128,11 +172,12 @@ class _Run:
         tensors, facts = found
         for name in _KEPT:
             setattr(self, name, facts[name])
-        self.best = {name: tensors[f"best/{name}"] for name in self.leaves}
+        self.best = {name: tensors[f"best/{name}"] for name in self.state}
         self.restart()
         with torch.no_grad():
+            for name, tensor in self.state.items():
+                tensor.copy_(tensors[f"leaf/{name}"])
             for name, leaf in self.leaves.items():
-                leaf.copy_(tensors[f"leaf/{name}"])
                 parts: dict[str, Any] = {p: tensors[f"{p}/{name}"] for p in _MOMENTS if f"{p}/{name}" in tensors}
                 if parts:
                     self.optimiser.state[leaf] = parts
@@ -154,16 +199,16 @@ def train(
     if work is not None:
         run.resume(work)
     if run.done == 0:
-        run.before = judge(run.leaves, loss, batches)
+        run.before = judge(run.state, loss, batches)
         run.least = run.before if math.isfinite(run.before) else math.inf
     steps = max(1, recipe.epochs * len(trained))
     while run.done < recipe.epochs and len(run.events) <= recipe.rollbacks:
         order = [trained[i] for i in torch.randperm(len(trained), generator=run.generator).tolist()]
-        why = _epoch(run, loss, order, recipe, run.done * len(trained) / steps, steps, step)
-        after = judge(run.leaves, loss, batches) if not why else math.nan
+        why = _epoch(run, loss, order, recipe, run.done * len(trained), steps, step)
+        after = judge(run.state, loss, batches) if not why else math.nan
         run.done += 1
         if not why and after < run.least:
-            run.best, run.least = {n: t.detach().clone() for n, t in run.leaves.items()}, after
+            run.best, run.least = {n: t.detach().clone() for n, t in run.state.items()}, after
         elif why or not after <= _DIVERGED * run.least:
             if len(run.events) == recipe.rollbacks:
                 run.events.append("training ended early, with the best state so far")
@@ -176,8 +221,11 @@ def train(
 
 def _begun(problem: Problem, seed: int) -> _Run:
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in problem.start.items()}
-    best = {name: tensor.detach().clone() for name, tensor in problem.start.items()}
-    return _Run(leaves, problem.rates, best, math.nan, math.inf, torch.Generator().manual_seed(seed))
+    held = {name: tensor.detach().clone() for name, tensor in problem.course.held.items()}
+    best = {name: tensor.detach().clone() for name, tensor in (problem.start | held).items()}
+    return _Run(
+        leaves, held, problem.course, problem.rates, best, math.nan, math.inf, torch.Generator().manual_seed(seed)
+    )
 
 
 def split(batches: int) -> tuple[Sequence[int], Sequence[int]]:
@@ -187,14 +235,15 @@ def split(batches: int) -> tuple[Sequence[int], Sequence[int]]:
 
 
 def _epoch(
-    run: _Run, loss: Loss, order: Sequence[int], recipe: Recipe, begun: float, steps: int, step: Callable[[], None]
+    run: _Run, loss: Loss, order: Sequence[int], recipe: Recipe, begun: int, steps: int, step: Callable[[], None]
 ) -> str:
-    """Train on each batch once; return why the epoch was broken off, or nothing."""
+    """Train on each batch once, with `begun` of all steps done; return why the epoch was broken off, or nothing."""
     typical = 0.0
-    for index, batch in enumerate(order):
-        run.set_rates(_rate(begun + index / steps, recipe.last_rate))
+    for number, batch in enumerate(order, begun):
+        run.set_rates(_rate(number / steps, recipe.last_rate))
+        run.course.before(run.optimiser, number / steps)
         run.optimiser.zero_grad()
-        found = loss(run.leaves, batch)
+        found = loss(run.state, batch)
         found.backward()
         norm = _gradient_norm(run.leaves)
         if not math.isfinite(float(found.detach())) or not math.isfinite(norm):
@@ -205,6 +254,7 @@ def _epoch(
             norm = limit
         typical = norm if not typical else _MEMORY * typical + (1 - _MEMORY) * norm
         run.optimiser.step()
+        run.course.after(run.leaves, run.held, number + 1, (number + 1) / steps)
         step()
     return ""
 

@@ -37,3 +37,16 @@ def teacher_loss(logits: Tensor, wanted: Tensor) -> Tensor:
     """Return the mean over positions of KL(teacher || student), in nats; both are logits [batch, seq, vocabulary]."""
     student, teacher = (functional.log_softmax(x.flatten(0, -2), -1) for x in (logits, wanted))
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def distilled_loss(logits: Tensor, wanted: Tensor, ids: Tensor, share: float, temperature: float) -> Tensor:
+    """Return share * T^2 * KL(teacher || student) at temperature T + (1 - share) * cross-entropy of the text, in nats.
+
+    Both are logits [batch, seq, vocabulary], ids [batch, seq] (AST, 2407.20584, eq. 4; T as in its release).
+    """
+    total = torch.zeros((), device=logits.device)
+    if share > 0:
+        total = total + share * temperature**2 * teacher_loss(logits / temperature, wanted / temperature)
+    if share < 1:
+        total = total + (1 - share) * next_token_loss(logits, ids)
+    return total

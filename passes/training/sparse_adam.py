@@ -1,0 +1,48 @@
+"""AdamW with a decay of its own for weights that a mask drops, kept out of the mean of gradients (AST)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW whose groups may have a mask and a decay for what it drops.
+
+    With m the running mean of gradients g, u = m + decay * d where nothing is kept and u = m elsewhere, d the weight
+    (norm `l2`) or its sign (`l1`, as CAST has it, 2509.25996); the mean of squares is that of u, and a step is
+    lr * u / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) (AST, 2407.20584, section 3.2; its release's sign of the mask is
+    an error, which lets dropped weights grow). A group without a mask is AdamW's, whose squares are those of g.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.95)) -> None:
+        super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": 1e-8, "mask": None, "decay": 0.0, "norm": "l2"})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        del closure
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+
+    def _move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        (b1, b2), t = group["betas"], float(state["step"])
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        mean.lerp_(grad, 1 - b1)
+        update, seen = mean, grad
+        if group["mask"] is not None:
+            pull = parameter if group["norm"] == "l2" else parameter.sign()
+            update = seen = torch.where(group["mask"], mean, mean + group["decay"] * pull)
+        square.mul_(b2).addcmul_(seen, seen, value=1 - b2)
+        root = (square / (1 - b2**t)).sqrt_().add_(group["eps"])
+        parameter.addcdiv_(update, root, value=-group["lr"] / (1 - b1**t))
