@@ -26,7 +26,7 @@ from passes.quantize.salience import row_energy
 from passes.quantize.targets import Moments
 from passes.rotation import plan_rotation, rotate_sites
 from passes.shiftcode.budget import choose
-from passes.shiftcode.siblings import Fitting, fit_siblings, quick
+from passes.shiftcode.siblings import Fitting, fit_masked, fit_siblings, quick
 from passes.shiftcode.solver import metric_of, solve
 from passes.shiftcode.spec import MOST_TRITS, ShiftSpec
 from passes.sites import (
@@ -37,6 +37,7 @@ from passes.sites import (
     weights_of,
 )
 from passes.solved import Solved, put_solved, restore_solved, save_solved
+from passes.sparsify.masks import MASKS, kept_group, mask_of
 from passes.stream import Step, walk
 from passes.widths import width_of
 
@@ -107,6 +108,7 @@ class ShiftAdd(Pass):
     stage: ClassVar[Stage] = Stage.QUANTIZE
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     gives: ClassVar[frozenset[str]] = frozenset({"shift-weights"})
+    refuses: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
     widths: ClassVar[range] = range(1, 9)
 
@@ -114,7 +116,7 @@ class ShiftAdd(Pass):
         """Return the compressed stream, the float one beside it for float targets, gradients for `bpw`, or nothing."""
         if self.calib == "none":
             return None
-        return Calib("both" if self._both else "compressed", gradients=bool(self.bpw))
+        return Calib("both" if self._both else "compressed", gradients=bool(self.bpw), original=True)
 
     @property
     def _both(self) -> bool:
@@ -195,6 +197,18 @@ class ShiftAdd(Pass):
         if self.mode == "row" and self.group and not self.bpw:
             check_group(sites, self.group, self.name)
 
+    def _check_masks(self, program: Program, sites: Sequence[LinearSite]) -> None:
+        """Raise OptionError for options that weights with masks do not have."""
+        for site in sites:
+            mask = mask_of(program, site)
+            if mask is None:
+                continue
+            if self.mode != "row" or self.nested:
+                option = "nested" if self.nested else "mode"
+                raise OptionError(self.name, option, f"{site.name} has a mask {mask.pattern}, whose scales a row has")
+            if self.group:
+                kept_group(self.group, mask.pattern, self.name)
+
     def _width(self, program: Program, site: LinearSite) -> int:
         return width_of(program, site, self.bits) if self.code == "planes" else self.bits
 
@@ -208,8 +222,10 @@ class ShiftAdd(Pass):
         sites = choose_sites(program, nodes, self.skip, ctx)
         self._check_group(sites)
         outside_blocks(program, nodes, self.skip, ctx)
+        self._check_masks(program, sites)
         if self.basis == "rotated":
-            rotate_sites(program, sites, ctx.seed, self.name)
+            # A turned input mixes what a mask tells apart.
+            rotate_sites(program, [s for s in sites if mask_of(program, s) is None], ctx.seed, self.name)
         # The first solution on a machine compiles the solver, which takes half a minute that should have a name.
         step = ctx.log.progress(1, "prepare the solver")
         solve(torch.eye(2), None, ShiftSpec(group=2))
@@ -217,7 +233,9 @@ class ShiftAdd(Pass):
         if self.calib == "none":
             self._run_free(program, ctx)
             return
-        for walked in walk(program, ctx, "both" if self._both else "compressed", self.name):
+        # A mask has changed weights already; what they are to come close to is the model before.
+        floats = ctx.original if program.attributes.get(MASKS) else None
+        for walked in walk(program, ctx, "both" if self._both else "compressed", self.name, floats):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
             if not restore_solved(program, sites, self.name, ctx, walked.block.index):
                 save_solved(ctx, walked.block.index, self._solve(program, walked, sites, ctx))
@@ -244,7 +262,14 @@ class ShiftAdd(Pass):
     ) -> dict[str, Solved]:
         """Fit sites that read the same input and put their codes in place; return them by the node's name."""
         how = Fitting(lambda site: self.spec(site, self._width(program, site)), self.nested, self.share)
-        rows = fit_siblings(weights_of(program, group, self.name), group, moments, how)
+        masks = {site.name: mask_of(program, site) for site in group}
+        dense = [site for site in group if masks[site.name] is None]
+        rows = fit_siblings(weights_of(program, dense, self.name), dense, moments, how) if dense else []
+        floats = ctx.original if ctx.original is not None and len(dense) < len(group) else program
+        for site in group:
+            mask = masks[site.name]
+            if mask is not None:
+                rows.append(fit_masked(weights_of(floats, [site], self.name), site, mask, moments, how))
         solved = {row.site.node.name: row for row in rows}
         for row in rows:
             put_solved(program, row, self.name, ctx)

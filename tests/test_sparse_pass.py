@@ -12,6 +12,7 @@ from ir.decode import codes_of
 from ir.errors import InvariantError, UnsupportedError, UsageError
 from ir.ops.nm import unpack_mask
 from ir.ops.quant import QuantCodes
+from ir.ops.shiftcode import ShiftCodes
 from ir.ops.sparse import SparseCodes
 from ir.program import Program
 from ir.verify import verify
@@ -116,6 +117,38 @@ def test_gptq_makes_up_for_the_mask_and_for_the_codes(tiny_model: Program) -> No
     assert all(isinstance(sparse_at(joint, site).kept, QuantCodes) for site in SITES)
 
 
+@pytest.mark.parametrize("options", ["bits=3", "bits=2 terms=0 offset=false", "bits=2 code=trits", "calib=none"])
+def test_shift_add_codes_after_it_are_those_of_kept_weights(tiny_model: Program, options: str) -> None:
+    program, log = run(tiny_model, f"sparse,shiftadd{{group=16 {options}}}")
+    masked, _ = run(tiny_model, "sparse,pack{values=float32}")
+    verify(program, full=True)
+    assert not list(program.calls(nomul.hadamard))
+    for site in SITES:
+        codes = sparse_at(program, site)
+        assert isinstance(codes.kept, ShiftCodes) and codes.kept.group == 8
+        assert torch.equal(codes.mask, sparse_at(masked, site).mask)
+        (report,) = [r for r in log.reports if r.site == site and r.by == "shiftadd"]
+        assert report.figures["bytes"] == stored_bytes(program, coded(program)[site])
+    seen = values(program, DATA[0])
+    for node in coded(program).values():
+        x, y = (seen[n.name].double() for n in (node.args[0], node))  # type: ignore[union-attr]
+        torch.testing.assert_close(y, x @ decoded(program, node).T, rtol=1e-5, atol=1e-5)
+
+
+def test_more_planes_and_inputs_that_are_seen_lose_less(tiny_model: Program) -> None:
+    lost = [
+        error(run(tiny_model, f"sparse,shiftadd{{group=16 {options}}}")[0], tiny_model)
+        for options in ("bits=4", "bits=3", "bits=2", "bits=3 calib=none")
+    ]
+    assert lost[0] < lost[1] < lost[2] and lost[1] < lost[3], lost
+
+
+def test_what_shift_add_codes_of_a_mask_do_not_have_is_named(tiny_model: Program) -> None:
+    for option in ("mode=acc", "nested=[2 3]", "group=18"):
+        with pytest.raises((OptionError, UnsupportedError), match=r"mode|nested|group"):
+            run(tiny_model, f"sparse{{method=magnitude}},shiftadd{{{option}}}")
+
+
 def test_sites_left_in_float_are_packed_as_they_are(tiny_model: Program) -> None:
     program, _ = run(tiny_model, "sparse{method=magnitude},rtn{bits=4 group=16 skip=[down_proj]}")
     kinds = {site: isinstance(sparse_at(program, site).kept, QuantCodes) for site in SITES}
@@ -198,7 +231,7 @@ def test_pipelines_are_closed_and_ordered() -> None:
     assert check(ordered, "model", FACTS)[0] == "compressed"
 
 
-@pytest.mark.parametrize("later", ["omniquant", "fold", "smooth", "rotate", "cbq", "sparse", "shiftadd"])
+@pytest.mark.parametrize("later", ["omniquant", "fold", "smooth", "rotate", "cbq", "sparse"])
 def test_what_would_not_keep_masks_is_refused(later: str) -> None:
     facts = FACTS | {"folded"}
     with pytest.raises(UnsupportedError, match=f"pass {later} cannot run") as caught:

@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from ir.errors import InvariantError
+from ir.ops.nm import scatter_kept
 from passes.quantize.gptq import GptqSpec, gptq, sparse_gptq
 from passes.quantize.salience import row_energy
+from passes.shiftcode.masked import solve_masked
+from passes.shiftcode.solver import metric_of
+from passes.shiftcode.spec import ShiftSpec
 from passes.sparsify.dsnot import exchanged
 from passes.sparsify.pattern import Pattern, nm_mask, pattern_of
 from passes.sparsify.scores import kept_share, magnitude, mask_change, wanda
@@ -179,3 +183,22 @@ def test_a_mask_that_keeps_all_is_gptq() -> None:
 def test_codes_of_a_sparse_weight_must_lie_around_zero() -> None:
     with pytest.raises(InvariantError, match="around zero"):
         sparse_gptq(draw(4, 8), None, spec(symmetric=False), TWO_FOUR)
+
+
+@pytest.mark.parametrize(("code", "terms", "offset"), [("planes", 2, True), ("planes", 0, False), ("trits", 2, True)])
+def test_planes_under_a_mask_make_up_for_what_goes(code: str, terms: int, offset: bool) -> None:
+    weight, x = draw(24, 64), inputs(500, 64)
+    gram = x.T @ x
+    how = ShiftSpec(bits=2, group=16, code=code, terms=terms, offset=offset)
+    mask = nm_mask(wanda(weight, gram.diagonal()), TWO_FOUR)
+    metric = metric_of(gram, how)
+    lost = []
+    for known in (metric, None):
+        codes = solve_masked(weight, mask, known, how, TWO_FOUR)
+        assert (codes.rows, codes.in_features, codes.group, codes.planes) == (24, 32, 8, 2)
+        whole = scatter_kept(codes.dequantize(torch.float64), mask)
+        lost.append(float((x @ (weight - whole).T).square().sum()))
+    assert lost[0] < 0.95 * lost[1], lost
+    again = solve_masked(weight[5:9], mask[5:9], metric, how, TWO_FOUR)
+    whole_run = solve_masked(weight, mask, metric, how, TWO_FOUR)
+    assert torch.equal(again.dequantize(), whole_run.dequantize()[5:9])  # rows are independent

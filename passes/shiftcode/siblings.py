@@ -11,13 +11,17 @@ from torch import Tensor
 from ir.analysis import LinearSite
 from ir.errors import UnsupportedError
 from ir.ops.nested import NestedCodes, take_nested_rows
+from ir.ops.nm import pack_mask
 from ir.ops.shiftcode import ShiftCodes, take_rows
+from ir.ops.sparse import SparseCodes
 from passes.quantize.targets import Moments, corrected
+from passes.shiftcode.masked import solve_masked
 from passes.shiftcode.nested import solve_nested
 from passes.shiftcode.solver import Metric, metric_of, relative_loss, solve
 from passes.shiftcode.spec import ShiftSpec
 from passes.sites import figures
 from passes.solved import Solved
+from passes.sparsify.masks import Mask
 
 Codes = ShiftCodes | NestedCodes
 
@@ -46,6 +50,21 @@ def fit_siblings(weight: Tensor, sites: Sequence[LinearSite], moments: Moments |
         rows = torch.cat([weight[starts[i] : starts[i] + sites[i].rows] for i in batch])
         solved.extend(_fit(rows, [sites[i] for i in batch], moments, spec, how))
     return solved
+
+
+def fit_masked(weight: Tensor, site: LinearSite, mask: Mask, moments: Moments | None, how: Fitting) -> Solved:
+    """Fit a site of whose weight, float64 [N, K], a mask keeps some; it is to come close to all of the weight."""
+    spec = how.spec(site)
+    metric, fallback = (None, "") if moments is None else _metric(moments, spec, site.name)
+    hessian = moments.gram.matrix if metric is not None and moments is not None else None
+    target = weight
+    if metric is not None and moments is not None:
+        target = corrected(weight, moments, metric.prepared.damp, how.share)
+    kept = solve_masked(target, mask.kept, metric, spec, mask.pattern, site=site.name)
+    n, m = mask.pattern.n, mask.pattern.m
+    codes = SparseCodes(kept, pack_mask(mask.kept, n, m), n, m, site.inputs)
+    loss = relative_loss(target, codes.dequantize(torch.float64), hessian)
+    return Solved(site, codes, figures(codes.stored_bits, site.rows, site.inputs, loss), fallback)
 
 
 def _fit(
