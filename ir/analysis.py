@@ -272,6 +272,14 @@ def between(program: Program, entry: fx.Node, exit_node: fx.Node, outside: set[f
     return _ordered(program, found)
 
 
+BRANCH = ".branch"
+
+
+def is_branch(node: fx.Node) -> bool:
+    """Return whether a call lies on a branch beside a linear, whose weights stand for none of the model's own."""
+    return str(node.meta.get(PATH, "")).endswith(BRANCH)
+
+
 @dataclass(frozen=True)
 class LinearSite:
     """A linear that a compressing pass may rewrite: its node, its weight's name and shape [rows, inputs], its bias."""

@@ -24,6 +24,7 @@ _BUILT_IN = {
     "bits": "passes.bits:Bits",
     "shiftadd": "passes.shiftadd:ShiftAdd",
     "sparse": "passes.sparse:Sparse",
+    "slorb": "passes.slorb:Slorb",
     "ast": "passes.ast:Ast",
     "rtn": "passes.rtn:Rtn",
     "gptq": "passes.gptq:Gptq",

@@ -9,7 +9,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ir.analysis import Block, LinearSite, blocks
 from ir.edit import Editor
@@ -19,7 +19,8 @@ from ir.program import Program, is_call
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.equiv.operands import own_gain
 from passes.equiv.rules import NORMS
-from passes.sites import check_skip, choose_sites, weights_of
+from passes.sites import check_skip, choose_sites, dense_weight, weights_of
+from passes.sparsify.branches import branch_params
 from passes.sparsify.masks import Mask, mask_of, put_mask
 from passes.sparsify.pattern import nm_mask, pattern_of
 from passes.sparsify.scores import magnitude
@@ -130,7 +131,11 @@ class Ast(Pass):
         weights = tuple(site.weight for site in self._sites(program, block))
         norms = [n for n in block.nodes if is_call(n, *NORMS)] if self.gains else []
         editor = Editor(program, self.name)
-        return MaskedWeights(weights, tuple(own_gain(editor, norm) for norm in norms))
+        gains = tuple(own_gain(editor, norm) for norm in norms)
+        operands = [a for n in block.nodes for a in n.args if isinstance(a, fx.Node)]
+        read = {str(a.target) for a in operands if a.op == "get_attr"}
+        branches = tuple(sorted(branch_params(program) & read))
+        return MaskedWeights(weights, (*gains, *branches))
 
     def _problem(
         self,
@@ -165,7 +170,8 @@ class Ast(Pass):
 
     def _dense(self, program: Program, original: Program, site: LinearSite, mask: Mask) -> Tensor:
         """Return a site's weight with its dropped entries as they were, small enough that none is among the largest."""
-        weight, before = program.params.get(site.weight), original.params.get(site.weight)
+        weight = program.params.get(site.weight)
+        before = dense_weight(program, original, site, self.name).to(weight.dtype)
         groups = torch.where(mask.kept, weight.abs(), torch.inf).unflatten(1, (-1, mask.pattern.m))
         limit = (self.revive * groups.amin(-1, keepdim=True)).expand(groups.shape).flatten(1)
         return torch.where(mask.kept, weight, torch.clamp(before, -limit, limit))

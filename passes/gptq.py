@@ -22,7 +22,7 @@ from passes.quantize.hessian import Gram
 from passes.quantize.salience import row_energy
 from passes.quantize.targets import Moments, corrected
 from passes.quantize.uniform import UniformCodes, packed, packed_bytes
-from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, weights_of
+from passes.sites import check_group, check_skip, choose_sites, dense_weight, figures, outside_blocks
 from passes.solved import Solved, put_solved, restore_solved, save_solved
 from passes.sparsify.masks import MASKS, Mask, kept_group, mask_of
 from passes.sparsify.pattern import Pattern, pattern_of
@@ -143,7 +143,7 @@ class Gptq(Pass):
         program whose weight is to be coded, where that of this one has lost inputs to a mask.
         """
         spec, mask = self._spec(width_of(program, site, self.bits)), self._kept(program, site)
-        weight, gram = weights_of(floats or program, [site], self.name), moments.gram
+        weight, gram = dense_weight(program, floats, site, self.name), moments.gram
         hessian, fallback = gram.matrix, ""
         target = weight
         if not bool(hessian.diagonal().any()):

@@ -10,19 +10,25 @@ import torch
 from ir.analysis import linear_sites
 from ir.ops.sparse import sparse_codes
 from ir.program import Program
-from passes.base import Context, Pass, PlanRow, Stage
-from passes.sites import figures, put_sparse_codes
+from passes.base import Context, OptionError, Pass, PlanRow, Stage
+from passes.quantize.uniform import packed, rtn
+from passes.sites import figures, put_quant_codes, put_sparse_codes
+from passes.sparsify.branches import BRANCHES, branch_params
 from passes.sparsify.masks import MASKS, mask_of
 
+MOST_BITS = 8
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Pack(Pass):
-    """Store masked weights that are still floats as `nomul::sparse_linear`: kept values and a bit an input."""
+    """Store masked weights that are still floats as kept values and a bit an input, and branches as codes."""
 
     values: Literal["float16", "bfloat16", "float32"] = field(
         default="float16", metadata={"help": "what kept values are stored as; float32 keeps them bit for bit"}
+    )
+    branches: int = field(
+        default=8, metadata={"help": "bits of the codes of branches, 2 to 8, a scale a row; 32 leaves them in float"}
     )
 
     name: ClassVar[str] = "pack"
@@ -33,6 +39,11 @@ class Pack(Pass):
     removes: ClassVar[frozenset[str]] = frozenset({"masks"})
     refuses: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
+
+    def validate(self) -> None:
+        """Raise OptionError for a width codes cannot have."""
+        if self.branches not in (*range(2, 9), 32):
+            raise OptionError(self.name, "branches", f"{self.branches} is neither 2..8 nor 32")
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the sites that have a mask by now; most get theirs from the passes before."""
@@ -53,3 +64,21 @@ class Pack(Pass):
             put_sparse_codes(program, site, codes, self.name)
             ctx.log.report(site=site.name, **figures(codes.stored_bits, site.rows, site.inputs, lost))
             step()
+        self._pack_branches(program, ctx)
+
+    def _pack_branches(self, program: Program, ctx: Context) -> None:
+        """Store the weights of branches as codes, and forget that they were branches."""
+        inside = branch_params(program)
+        program.attributes.pop(BRANCHES, None)
+        if self.branches > MOST_BITS:
+            return
+        for site in [s for s in linear_sites(program, list(program.graph.nodes))[0] if s.weight in inside]:
+            weight = program.params.get(site.weight).double()
+            codes = packed(rtn(weight, self.branches, site.inputs, symmetric=True), True)
+            lost = float(
+                (weight - codes.dequantize(torch.float64)).square().sum() / weight.square().sum().clamp(1e-300)
+            )
+            put_quant_codes(program, site, codes, self.name)
+            row = figures(codes.stored_bits, site.rows, site.inputs, lost)
+            # What a branch takes counts against the weights of the model, of which it has none.
+            ctx.log.report(site=site.name, **{**row, "weights": 0.0})

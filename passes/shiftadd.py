@@ -33,6 +33,7 @@ from passes.sites import (
     check_group,
     check_skip,
     choose_sites,
+    dense_weight,
     outside_blocks,
     weights_of,
 )
@@ -265,11 +266,11 @@ class ShiftAdd(Pass):
         masks = {site.name: mask_of(program, site) for site in group}
         dense = [site for site in group if masks[site.name] is None]
         rows = fit_siblings(weights_of(program, dense, self.name), dense, moments, how) if dense else []
-        floats = ctx.original if ctx.original is not None and len(dense) < len(group) else program
         for site in group:
             mask = masks[site.name]
             if mask is not None:
-                rows.append(fit_masked(weights_of(floats, [site], self.name), site, mask, moments, how))
+                target = dense_weight(program, ctx.original, site, self.name)
+                rows.append(fit_masked(target, site, mask, moments, how))
         solved = {row.site.node.name: row for row in rows}
         for row in rows:
             put_solved(program, row, self.name, ctx)

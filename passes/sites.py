@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ir import ops as _ops  # noqa: F401  (registers the nomul operators)
-from ir.analysis import LinearSite, linear_sites, matches
+from ir.analysis import LinearSite, is_branch, linear_sites, matches
 from ir.edit import Editor
 from ir.errors import UnsupportedError
 from ir.ops.nested import NestedCodes, check_precision
@@ -19,6 +19,7 @@ from ir.ops.shiftcode import ShiftCodes
 from ir.ops.sparse import SparseCodes
 from ir.program import Program
 from passes.base import Context, OptionError
+from passes.sparsify.branches import branch_of
 from passes.sparsify.masks import drop_mask
 
 nomul = torch.ops.nomul
@@ -27,13 +28,15 @@ nomul = torch.ops.nomul
 def choose_sites(program: Program, nodes: Iterable[fx.Node], skip: Sequence[str], ctx: Context) -> list[LinearSite]:
     """Return the linears among `nodes` to compress; those left alone are recorded with their reason.
 
-    skip: patterns of site names to leave in float.
+    skip: patterns of site names to leave in float. Branches beside sites are no sites of their own.
     """
     sites, left = linear_sites(program, nodes)
     for name, reason in left:
         _leave(ctx, name, reason, skip)
     chosen = []
     for site in sites:
+        if is_branch(site.node):
+            continue
         if _pattern(skip, site.name) is None:
             chosen.append(site)
         else:
@@ -109,6 +112,17 @@ def weights_of(program: Program, sites: Sequence[LinearSite], by: str) -> Tensor
             )
         stacked.append(weight.double())
     return torch.cat(stacked)
+
+
+def dense_weight(program: Program, floats: Program | None, site: LinearSite, by: str) -> Tensor:
+    """Return the weight that a site's codes are to come close to, float64 [N, K].
+
+    floats: the program before a mask took inputs from the weight, or None for the weight as it is; what a branch beside
+    the site already gives is taken off it. Raises UnsupportedError as `weights_of`.
+    """
+    weight = weights_of(floats or program, [site], by)
+    branch = branch_of(program, site) if floats is not None else None
+    return weight if branch is None else weight - branch.weight.double()
 
 
 def put_shift_codes(program: Program, site: LinearSite, codes: ShiftCodes, by: str) -> fx.Node:

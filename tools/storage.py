@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 import ir.ops  # noqa: F401 - registers the nomul operators
-from ir.analysis import linear_sites, site_name
+from ir.analysis import is_branch, linear_sites, site_name
 from ir.decode import arguments, code_nodes
 from ir.program import Program, is_call, tensor_type_of
 from ir.text import op_name
@@ -22,7 +22,8 @@ _DENSE = (torch.ops.nomul.grouped_linear,)
 class Site:
     """One linear: its operator, shape [rows, inputs], and what is stored for its weight (its bias excluded).
 
-    bits: width of a code, or None; planes, group: of shift-add and grouped codes, or None; stored_bytes: all tensors.
+    bits: width of a code, or None; planes, group: of shift-add and grouped codes, or None; stored_bytes: all tensors;
+    branch: whether it lies beside another linear, to which it adds.
     """
 
     name: str
@@ -33,16 +34,17 @@ class Site:
     planes: int | None
     group: int | None
     stored_bytes: int
+    branch: bool = False
 
     @property
     def weights(self) -> int:
-        """Number of weights that the site stands for."""
-        return self.rows * self.inputs
+        """Number of the model's weights that the site stands for: none on a branch beside another."""
+        return 0 if self.branch else self.rows * self.inputs
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight: codes, scales, offsets and padding."""
-        return 8 * self.stored_bytes / self.weights
+        """Stored bits per weight, its own where it is a branch: codes, scales, offsets, masks and padding."""
+        return 8 * self.stored_bytes / (self.rows * self.inputs)
 
     @property
     def compressed(self) -> bool:
@@ -100,8 +102,10 @@ def storage(program: Program, written: bool = False) -> Storage:
         elif node in floats:
             site = floats[node]
             size = _stored_bytes(program, [site.weight], written)
-            sites.append(Site(site.name, op_name(node.target), site.rows, site.inputs, None, None, None, size))
+            place = (site.name, op_name(node.target), site.rows, site.inputs)
+            sites.append(Site(*place, None, None, None, size, is_branch(node)))
     coded = {name for names in compressed.values() for name in names}
+    coded |= {site.weight for site in floats.values() if is_branch(site.node)}
     plain = [name for name in program.params if name not in coded]
     dense = sum(math.prod(int(d) for d in program.params.type_of(name).dims) for name in plain)
     weights = dense + sum(s.weights for s in sites if s.compressed)
@@ -121,9 +125,8 @@ def _compressed_site(program: Program, node: fx.Node, names: list[str], written:
     figures = {key: values[key] if isinstance(values.get(key), int) else None for key in ("bits", "group")}
     size = _stored_bytes(program, names, written)
     plane_count = None if planes is None else int(planes)
-    return Site(
-        site_name(node), op_name(node.target), rows, inputs, figures["bits"], plane_count, figures["group"], size
-    )
+    place = (site_name(node), op_name(node.target), rows, inputs)
+    return Site(*place, figures["bits"], plane_count, figures["group"], size, is_branch(node))
 
 
 def _code_params(node: fx.Node) -> list[str]:

@@ -25,6 +25,18 @@ def sparsegpt(
     return rest.T.contiguous(), kept.T.contiguous()
 
 
+def under_mask(
+    weight: Tensor, hessian: Tensor, mask: Tensor, damp: float = 0.01, *, tokens: int = 0, site: str = ""
+) -> Tensor:
+    """Return a weight [N, K] whose kept entries make up for those that a mask drops, float64; arguments as above."""
+    columns, spans = group_order(hessian.diagonal(), weight.shape[1], False)
+    prepared = prepare(hessian, damp, tokens=tokens, site=site)
+    rest = weight.double().masked_fill(prepared.dead, 0.0).T.contiguous()
+    ordered = mask[:, columns].T
+    sweep(rest, prepared, spans, _as_they_are, lambda span, part, diagonal: ordered[span.start : span.end])
+    return rest.T.contiguous()
+
+
 def choosing(pattern: Pattern) -> Keep:
     """Return what keeps the weights of a group whose loss, w^2 / [H^-1]_jj given the inputs before, is greatest."""
 
