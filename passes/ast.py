@@ -21,7 +21,7 @@ from passes.equiv.operands import own_gain
 from passes.equiv.rules import NORMS
 from passes.sites import check_skip, choose_sites, dense_weight, weights_of
 from passes.sparsify.branches import branch_params
-from passes.sparsify.masks import Mask, mask_of, put_mask
+from passes.sparsify.masks import Mask, foresee_masks, mask_of, pattern_at, put_mask
 from passes.sparsify.pattern import nm_mask, pattern_of
 from passes.sparsify.scores import magnitude
 from passes.stream import Step, calibration, split_rows, walk
@@ -95,6 +95,12 @@ class Ast(Pass):
         """Return the sites that are trained."""
         return [PlanRow(s.name, "train under a mask") for part in blocks(program) for s in self._sites(program, part)]
 
+    def foresee(self, program: Program) -> None:
+        """Note which weights will have a mask."""
+        for block in blocks(program):
+            new = [s for s in self._sites(program, block) if pattern_at(program, s) is None]
+            foresee_masks(program, new, pattern_of(self.pattern))
+
     def run(self, program: Program, ctx: Context) -> None:
         """Train; the run is kept after every epoch in `ctx.work`, and taken from there on a resumed run."""
         check_skip(program, self.skip, self.name)
@@ -117,7 +123,7 @@ class Ast(Pass):
         """Return a block's sites that have a mask or fit the pattern; the others are recorded where a log is given."""
         ctx, pattern, found = ctx or Context(), pattern_of(self.pattern), []
         for site in choose_sites(program, block.nodes, self.skip, ctx):
-            if mask_of(program, site) is not None or pattern.fits(site.inputs):
+            if pattern_at(program, site) is not None or pattern.fits(site.inputs):
                 found.append(site)
             else:
                 ctx.log.skip(site.name, f"its {site.inputs} inputs are no multiple of the pattern {pattern}")

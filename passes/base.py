@@ -257,6 +257,10 @@ class Pass(ABC):
         del program
         return []
 
+    def foresee(self, program: Program) -> None:
+        """Note on an outline of a program, whose weights are not read, what plans of later passes depend on."""
+        del program
+
     def facts_after(self, facts: frozenset[str]) -> frozenset[str]:
         """Return the facts that hold after the pass, given those that held before it."""
         return (facts - self.removes) | self.gives

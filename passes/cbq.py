@@ -19,7 +19,7 @@ from passes.quantize.lowrank_rounding import LowRankRounding, lowrank_rounding
 from passes.quantize.salience import row_energy
 from passes.quantize.trials import searched_trials
 from passes.quantize.uniform import packed, packed_bytes
-from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, weights_of
+from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, planned, weights_of
 from passes.solved import Solved, put_solved, restore_solved, save_solved
 from passes.stream import Step, split_rows, walk
 from passes.training.events import block_name, report_outcome
@@ -79,7 +79,7 @@ class Cbq(Pass):
         sites = choose_sites(program, nodes, self.skip, Context())
         if self.group:
             check_group(sites, self.group, self.name)
-        return [PlanRow(s.name, self.name, self._predicted(s, width_of(program, s, self.bits))) for s in sites]
+        return [PlanRow(s.name, self.name, planned(self, s, width_of(program, s, self.bits))) for s in sites]
 
     def run(self, program: Program, ctx: Context) -> None:
         """Train window by window; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""
@@ -191,10 +191,6 @@ class Cbq(Pass):
         """Return the site rounded at each width as training starts."""
         del ctx
         return searched_trials(weight, gram, choices, self.group or site.inputs, self.symmetric)
-
-    def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
-        size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
-        return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from passes.quantize.hessian import Gram
 from passes.quantize.salience import row_energy
 from passes.quantize.targets import Moments, corrected
 from passes.quantize.uniform import UniformCodes, packed, packed_bytes
-from passes.sites import check_group, check_skip, choose_sites, dense_weight, figures, outside_blocks
+from passes.sites import check_group, check_skip, choose_sites, dense_weight, figures, outside_blocks, planned
 from passes.solved import Solved, put_solved, restore_solved, save_solved
-from passes.sparsify.masks import MASKS, Mask, kept_group, mask_of
+from passes.sparsify.masks import MASKS, Mask, kept_group, mask_of, pattern_at
 from passes.sparsify.pattern import Pattern, pattern_of
 from passes.stream import Step, walk
 from passes.widths import width_of
@@ -103,7 +103,8 @@ class Gptq(Pass):
         nodes = [n for block in blocks(program) for n in block.nodes]
         sites = choose_sites(program, nodes, self.skip, Context())
         check_group(sites, self.group, self.name)
-        return [PlanRow(s.name, self.name, self._predicted(s, width_of(program, s, self.bits))) for s in sites]
+        shapes = [(s, width_of(program, s, self.bits), self._pattern_at(program, s)) for s in sites]
+        return [PlanRow(site.name, self.name, planned(self, site, bits, kept)) for site, bits, kept in shapes]
 
     def run(self, program: Program, ctx: Context) -> None:
         """Round block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""
@@ -161,6 +162,11 @@ class Gptq(Pass):
         rows = figures(codes.stored_bits, site.rows, site.inputs, lost / whole if whole > 0 else 0.0)
         return Solved(site, codes, rows, fallback)
 
+    def _pattern_at(self, program: Program, site: LinearSite) -> Pattern | None:
+        """Return the pattern of the mask that a site has or is to get."""
+        chosen = pattern_of(self.pattern) if self.pattern else None
+        return pattern_at(program, site) or (chosen if chosen is not None and chosen.fits(site.inputs) else None)
+
     def _kept(self, program: Program, site: LinearSite) -> Mask | Pattern | None:
         """Return the mask on a site, or the pattern that one is to be chosen by; None for a dense weight."""
         mask = mask_of(program, site)
@@ -215,7 +221,3 @@ class Gptq(Pass):
 
     def _spec(self, bits: int) -> GptqSpec:
         return GptqSpec(bits, self.group, self.symmetric, self.terms, self.order, self.search, self.damp)
-
-    def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
-        size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
-        return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}

@@ -25,7 +25,7 @@ from passes.quantize.hessian import Gram
 from passes.quantize.trials import searched_trials
 from passes.quantize.uniform import packed_bytes
 from passes.scale_search import SearchSpec, reads, search_block
-from passes.sites import check_group, check_skip, choose_sites, outside_blocks, weights_of
+from passes.sites import check_group, check_skip, choose_sites, outside_blocks, planned, weights_of
 from passes.solved import restore_floats, restore_solved, save_solved
 from passes.stream import Step, split_rows, walk
 from passes.training.transforms import Transforms, drop_idle, transforms
@@ -136,7 +136,7 @@ class Omniquant(Pass):
         settled, parts = self.settled(), blocks(program)
         sites = choose_sites(program, [n for block in parts for n in block.nodes], self.skip, Context())
         self._check_group(sites)
-        rows = [PlanRow(s.name, self.name, self._predicted(s, width_of(program, s, settled.bits))) for s in sites]
+        rows = [PlanRow(s.name, self.name, planned(self, s, width_of(program, s, settled.bits))) for s in sites]
         found = discover(program).of(*settled.sites)
         groups = [group for block in parts for group in self._inside(found, block)]
         return [*rows, *(PlanRow(g.site, f"learn the scales of {g.kind}") for g in groups)]
@@ -233,7 +233,3 @@ class Omniquant(Pass):
         group = self.settled().group
         if group:
             check_group(sites, group, self.name)
-
-    def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
-        size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
-        return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}

@@ -8,13 +8,14 @@ from typing import ClassVar, Literal
 import torch
 
 from ir.analysis import linear_sites
+from ir.ops.nm import kept_inputs
 from ir.ops.sparse import sparse_codes
 from ir.program import Program
 from passes.base import Context, OptionError, Pass, PlanRow, Stage
 from passes.quantize.uniform import packed, rtn
-from passes.sites import figures, put_quant_codes, put_sparse_codes
+from passes.sites import figures, mask_bytes, put_quant_codes, put_sparse_codes
 from passes.sparsify.branches import BRANCHES, branch_params
-from passes.sparsify.masks import MASKS, mask_of
+from passes.sparsify.masks import MASKS, mask_of, pattern_at
 
 MOST_BITS = 8
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -46,8 +47,16 @@ class Pack(Pass):
             raise OptionError(self.name, "branches", f"{self.branches} is neither 2..8 nor 32")
 
     def plan(self, program: Program) -> list[PlanRow]:
-        """Return the sites that have a mask by now; most get theirs from the passes before."""
-        return [PlanRow(name, f"store kept values in {self.values}") for name in program.attributes.get(MASKS, {})]
+        """Return the sites that have a mask, with what they take where no pass before stores them as codes."""
+        rows = []
+        for site in linear_sites(program, list(program.graph.nodes))[0]:
+            pattern = pattern_at(program, site)
+            if pattern is not None:
+                values = site.rows * kept_inputs(site.inputs, pattern.n, pattern.m) * DTYPES[self.values].itemsize
+                size, weights = values + mask_bytes(site), site.rows * site.inputs
+                found = {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}
+                rows.append(PlanRow(site.name, self.name, found))
+        return rows
 
     def run(self, program: Program, ctx: Context) -> None:
         """Pack every weight that has a mask; what earlier passes stored as codes has none any more."""

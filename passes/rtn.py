@@ -23,11 +23,12 @@ from passes.sites import (
     choose_sites,
     figures,
     outside_blocks,
+    planned,
     put_quant_codes,
     put_sparse_codes,
     weights_of,
 )
-from passes.sparsify.masks import Mask, kept_group, mask_of
+from passes.sparsify.masks import Mask, kept_group, mask_of, pattern_at
 from passes.widths import width_of
 
 
@@ -68,7 +69,8 @@ class Rtn(Pass):
         nodes = [n for block in blocks(program) for n in block.nodes]
         sites = choose_sites(program, nodes, self.skip, Context())
         check_group(sites, self.group, self.name)
-        return [PlanRow(s.name, self.name, self._predicted(s, width_of(program, s, self.bits))) for s in sites]
+        shapes = [(s, width_of(program, s, self.bits), pattern_at(program, s)) for s in sites]
+        return [PlanRow(site.name, self.name, planned(self, site, bits, kept)) for site, bits, kept in shapes]
 
     def run(self, program: Program, ctx: Context) -> None:
         """Round the linears of all blocks, one weight in memory at a time."""
@@ -116,7 +118,3 @@ class Rtn(Pass):
         kept = packed(rtn(gather_kept(weight, mask.kept), bits, group, True, self.terms), True)
         n, m = mask.pattern.n, mask.pattern.m
         return SparseCodes(kept, pack_mask(mask.kept, n, m), n, m, weight.shape[1])
-
-    def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
-        size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
-        return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}

@@ -35,10 +35,11 @@ from passes.sites import (
     choose_sites,
     dense_weight,
     outside_blocks,
+    planned,
     weights_of,
 )
 from passes.solved import Solved, put_solved, restore_solved, save_solved
-from passes.sparsify.masks import MASKS, kept_group, mask_of
+from passes.sparsify.masks import MASKS, kept_group, mask_of, pattern_at
 from passes.stream import Step, walk
 from passes.widths import width_of
 
@@ -165,12 +166,13 @@ class ShiftAdd(Pass):
         self._check_group(sites)
         rows = []
         if self.basis == "rotated":
-            turns = plan_rotation(program, sites, 0).online
+            turns = plan_rotation(program, [s for s in sites if pattern_at(program, s) is None], 0).online
             rows = [PlanRow(t.sites[0].name, "insert nomul.hadamard", {"adds": float(t.adds)}) for t in turns]
         if self.bpw:
             self._within_budget(sites)
             return rows + [PlanRow(s.name, self.name, {"bits": self.bpw}) for s in sites]
-        return rows + [PlanRow(s.name, self.name, self._predicted(s, self._width(program, s))) for s in sites]
+        shapes = [(s, self._width(program, s), pattern_at(program, s)) for s in sites]
+        return rows + [PlanRow(site.name, self.name, planned(self, site, bits, kept)) for site, bits, kept in shapes]
 
     def _within_budget(self, sites: Sequence[LinearSite]) -> tuple[ShiftAdd, Bits]:
         """Return the pass with group, terms and offset chosen for `bpw`, and the one that chooses planes by site."""
@@ -293,10 +295,6 @@ class ShiftAdd(Pass):
             Trial(bits, self.stored_bytes(site, bits), row_energy(weight - codes.dequantize(torch.float64), gram))
             for bits, codes in zip(choices, found, strict=True)
         ]
-
-    def _predicted(self, site: LinearSite, bits: int) -> dict[str, float]:
-        size, weights = self.stored_bytes(site, bits), site.rows * site.inputs
-        return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}
 
 
 _RANGES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,13 +15,16 @@ from ir.analysis import LinearSite, is_branch, linear_sites, matches
 from ir.edit import Editor
 from ir.errors import UnsupportedError
 from ir.ops.nested import NestedCodes, check_precision
+from ir.ops.nm import kept_inputs
+from ir.ops.packing import packed_length
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.ops.sparse import SparseCodes
 from ir.program import Program
-from passes.base import Context, OptionError
+from passes.base import Context, OptionError, Pass
 from passes.sparsify.branches import branch_of
-from passes.sparsify.masks import drop_mask
+from passes.sparsify.masks import drop_mask, kept_group
+from passes.sparsify.pattern import Pattern
 
 nomul = torch.ops.nomul
 
@@ -193,6 +197,25 @@ def _replace(editor: Editor, site: LinearSite, op: Any, args: tuple[Any, ...]) -
     editor.erase(site.node)
     editor.sweep()
     return new
+
+
+def planned(pass_: Pass, site: LinearSite, bits: int, pattern: Pattern | None = None) -> dict[str, float]:
+    """Return what a pass's codes of a site will take at a width; of the weights that a pattern keeps, and the mask."""
+    size = pass_.stored_bytes(site, bits)
+    if pattern is not None:
+        options = {option.name for option in fields(pass_)}
+        own: dict[str, Any] = {"symmetric": True} if "symmetric" in options else {}
+        group = getattr(pass_, "group", 0)
+        own |= {"group": kept_group(group, pattern, pass_.name)} if group else {}
+        kept = replace(site, inputs=kept_inputs(site.inputs, pattern.n, pattern.m))
+        size = replace(pass_, **own).stored_bytes(kept, bits) + mask_bytes(site)
+    weights = site.rows * site.inputs
+    return {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)}
+
+
+def mask_bytes(site: LinearSite) -> int:
+    """Return the bytes of a site's mask."""
+    return site.rows * packed_length(site.inputs, 1)
 
 
 def figures(stored_bits: int, rows: int, inputs: int, loss: float) -> dict[str, float]:

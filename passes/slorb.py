@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ir.analysis import LinearSite, blocks, sibling_sites
+from ir.analysis import BRANCH, LinearSite, blocks, sibling_sites
 from ir.errors import UnsupportedError, UsageError
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
@@ -19,7 +19,7 @@ from passes.quantize.targets import Moments, corrected
 from passes.sites import check_skip, choose_sites, weights_of
 from passes.sparsify.branches import Branch, branch_of, put_branch
 from passes.sparsify.lowrank import beside, completed, group_means
-from passes.sparsify.masks import Mask, mask_of
+from passes.sparsify.masks import Mask, mask_of, pattern_at
 from passes.sparsify.sparsegpt import under_mask
 from passes.stream import walk
 
@@ -70,9 +70,15 @@ class Slorb(Pass):
             raise OptionError(self.name, "damp", f"{self.damp} is outside (0, 1]")
 
     def plan(self, program: Program) -> list[PlanRow]:
-        """Return the sites that get a branch; none are known before masks are chosen."""
+        """Return the sites that get a branch, with what its codes will take beside the weights."""
         sites = [s for b in blocks(program) for s in choose_sites(program, b.nodes, self.skip, Context())]
-        return [PlanRow(s.name, "add a branch") for s in sites if mask_of(program, s) is not None]
+        return [self._planned(s) for s in sites if pattern_at(program, s) is not None and s.inputs % self.k == 0]
+
+    def _planned(self, site: LinearSite) -> PlanRow:
+        rank = site.inputs // self.k
+        numbers = site.rows * rank + (rank * site.inputs if self.start == "svd" else 0)
+        scales = site.rows + (rank if self.start == "svd" else 0)
+        return PlanRow(f"{site.name}{BRANCH}", self.name, {"bytes": float(numbers + 2 * scales), "weights": 0.0})
 
     def run(self, program: Program, ctx: Context) -> None:
         """Fit block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""

@@ -19,7 +19,7 @@ from passes.quantize.salience import relative_loss, row_energy
 from passes.quantize.targets import corrected
 from passes.sites import check_skip, choose_sites, outside_blocks, weights_of
 from passes.sparsify.dsnot import exchanged
-from passes.sparsify.masks import Mask, put_mask
+from passes.sparsify.masks import Mask, foresee_masks, put_mask
 from passes.sparsify.observed import Observed, observed
 from passes.sparsify.pattern import Pattern, nm_mask, pattern_of
 from passes.sparsify.scores import kept_share, magnitude, wanda
@@ -82,6 +82,11 @@ class Sparse(Pass):
         """Return the sites that get a mask."""
         nodes = [n for block in blocks(program) for n in block.nodes]
         return [PlanRow(s.name, f"keep {self.pattern}") for s in self._sites(program, nodes, Context())]
+
+    def foresee(self, program: Program) -> None:
+        """Note which weights will have a mask."""
+        nodes = [n for block in blocks(program) for n in block.nodes]
+        foresee_masks(program, self._sites(program, nodes, Context()), pattern_of(self.pattern))
 
     def run(self, program: Program, ctx: Context) -> None:
         """Choose block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""

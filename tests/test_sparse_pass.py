@@ -26,6 +26,8 @@ from tests.architectures import ids_for, traced
 from tests.coded_sites import coded, decoded, same_parts, stored_bytes
 from tests.shiftadd_runs import DATA, SITES, error
 from tests.watch import values
+from tools.estimate import estimate
+from tools.storage import storage
 
 nomul = torch.ops.nomul
 METHODS = ["magnitude", "wanda", "dsnot", "sparsegpt"]
@@ -261,3 +263,28 @@ def test_two_masks_for_a_weight_are_refused(tiny_model: Program) -> None:
         run(tiny_model, "sparse{method=magnitude},gptq{group=16 pattern=2:4}")
     with pytest.raises(OptionError, match="group"):
         run(tiny_model, "sparse{method=magnitude pattern=4:8},rtn{group=4}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sparse",
+        "sparse{method=wanda},rtn{bits=4 group=16 skip=[down_proj]}",
+        "sparse{method=wanda},slorb{k=8},gptq{bits=3 group=16}",
+        "sparse{method=wanda},slorb{k=8 start=dropped},shiftadd{bits=3 group=16}",
+        "ast{epochs=0 pattern=1:4}",
+        "gptq{bits=4 group=16 pattern=2:4}",
+    ],
+)
+def test_what_is_planned_is_what_is_stored(tiny_model: Program, tmp_path: Path, text: str) -> None:
+    pipeline, _ = schedule(parse(text))
+    found = estimate(tiny_model, pipeline, samples=4, seqlen=32, out=tmp_path / "out")
+    assert MASKS not in tiny_model.attributes
+    program, _ = run(tiny_model, text)
+    stored: dict[str, int] = {}
+    for site in storage(program, written=True).sites:
+        if site.compressed:
+            stored[site.name] = stored.get(site.name, 0) + site.stored_bytes
+    planned = {row.site: row.figures["bytes"] for row in found.rows if "bytes" in row.figures}
+    assert planned == stored
+    assert found.artifact_bytes == sum(program.params.nbytes(n) for n in program.params)

@@ -84,11 +84,12 @@ def estimate(
 
 def _claimed(program: Program, pipeline: Pipeline) -> list[PlanRow]:
     """Return what each pass plans; a site goes to the first that compresses it, as it will when they run."""
-    rows, taken = [], set()
+    rows, taken, outline = [], set(), program.clone()
     for pass_ in pipeline.passes():
-        planned = [row for row in pass_.plan(program) if row.site not in taken or "bytes" not in row.figures]
+        planned = [row for row in pass_.plan(outline) if row.site not in taken or "bytes" not in row.figures]
         taken |= {row.site for row in planned if "bytes" in row.figures}
         rows += planned
+        pass_.foresee(outline)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,18 @@ def mask_of(program: Program, site: LinearSite) -> Mask | None:
             "a weight is not zero where its mask keeps none", where=site.name, fix="run what changes weights before"
         )
     return Mask(kept, Pattern(record["n"], record["m"]))
+
+
+def foresee_masks(program: Program, sites: Iterable[LinearSite], pattern: Pattern) -> None:
+    """Note on an outline, whose weights are not read, which of them will have a mask."""
+    found = {site.weight: {"n": pattern.n, "m": pattern.m} for site in sites}
+    program.attributes[MASKS] = {**program.attributes.get(MASKS, {}), **found}
+
+
+def pattern_at(program: Program, site: LinearSite) -> Pattern | None:
+    """Return the pattern of a site's mask, one that is there or one foreseen."""
+    record = program.attributes.get(MASKS, {}).get(site.weight)
+    return None if record is None else Pattern(record["n"], record["m"])
 
 
 def kept_group(group: int, pattern: Pattern, by: str) -> int:
