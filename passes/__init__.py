@@ -33,6 +33,7 @@ _BUILT_IN = {
     "act": "passes.act:Act",
     "kv": "passes.kv:Kv",
     "tune-scales": "passes.tune_scales:TuneScales",
+    "slim": "passes.slim:Slim",
     "to-shiftadd": "passes.to_shiftadd:ToShiftadd",
     "pack": "passes.pack:Pack",
 }

@@ -73,21 +73,23 @@ class Pack(Pass):
             put_sparse_codes(program, site, codes, self.name)
             ctx.log.report(site=site.name, **figures(codes.stored_bits, site.rows, site.inputs, lost))
             step()
-        self._pack_branches(program, ctx)
+        pack_branches(program, self.branches, self.name, ctx)
 
-    def _pack_branches(self, program: Program, ctx: Context) -> None:
-        """Store the weights of branches as codes, and forget that they were branches."""
-        inside = branch_params(program)
-        program.attributes.pop(BRANCHES, None)
-        if self.branches > MOST_BITS:
-            return
-        for site in [s for s in linear_sites(program, list(program.graph.nodes))[0] if s.weight in inside]:
-            weight = program.params.get(site.weight).double()
-            codes = packed(rtn(weight, self.branches, site.inputs, symmetric=True), True)
-            lost = float(
-                (weight - codes.dequantize(torch.float64)).square().sum() / weight.square().sum().clamp(1e-300)
-            )
-            put_quant_codes(program, site, codes, self.name)
-            row = figures(codes.stored_bits, site.rows, site.inputs, lost)
-            # What a branch takes counts against the weights of the model, of which it has none.
-            ctx.log.report(site=site.name, **{**row, "weights": 0.0})
+
+def pack_branches(program: Program, bits: int, by: str, ctx: Context) -> None:
+    """Store the weights of branches as codes of so many bits, a scale a row, and forget that they were branches.
+
+    bits: above 8 leaves them in float.
+    """
+    inside = branch_params(program)
+    program.attributes.pop(BRANCHES, None)
+    if bits > MOST_BITS:
+        return
+    for site in [s for s in linear_sites(program, list(program.graph.nodes))[0] if s.weight in inside]:
+        weight = program.params.get(site.weight).double()
+        codes = packed(rtn(weight, bits, site.inputs, symmetric=True), True)
+        off, whole = weight - codes.dequantize(torch.float64), weight.square().sum().clamp_min(1e-300)
+        put_quant_codes(program, site, codes, by)
+        row = figures(codes.stored_bits, site.rows, site.inputs, float(off.square().sum() / whole))
+        # What a branch takes counts against the weights of the model, of which it has none.
+        ctx.log.report(site=site.name, **{**row, "weights": 0.0})

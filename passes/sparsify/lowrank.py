@@ -39,15 +39,31 @@ def completed(weight: Tensor, mask: Tensor, rank: int, energy: Tensor | None, ro
     kept are free, so they are filled with the product so far and the best product of that rank is taken again, `rounds`
     times (matrix completion by soft imputation without shrinkage, Mazumder et al. 2010). All in float64.
     """
-    strength = torch.ones(weight.shape[1], dtype=torch.float64)
-    if energy is not None and bool(energy.any()):
-        strength = energy.double().clamp_min(_WEAKEST * float(energy.double().mean())).sqrt()
+    strength = _strength(weight.shape[1], energy)
     target = weight.double() * strength
     filled = torch.where(mask, 0.0, target)
     up, down = truncated(filled, rank)
     for _ in range(rounds):
         up, down = truncated(torch.where(mask, up @ down, target), rank)
     return up, down / strength
+
+
+def weighed_error(error: Tensor, energy: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors up [N, r] and down [r, K] closest to an error [N, K], inputs counting by their energy [K].
+
+    SLiM (2410.09615, section 3.2): the truncated decomposition of E diag(sqrt(s)), unscaled afterwards.
+    """
+    strength = _strength(error.shape[1], energy)
+    up, down = truncated(error.double() * strength, rank)
+    return up, down / strength
+
+
+def _strength(inputs: int, energy: Tensor | None) -> Tensor:
+    """Return the square roots of the inputs' energies, none too small to divide by; ones where none is known."""
+    if energy is None or not bool(energy.any()):
+        return torch.ones(inputs, dtype=torch.float64)
+    known = energy.double()
+    return known.clamp_min(_WEAKEST * float(known.mean())).sqrt()
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
