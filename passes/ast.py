@@ -19,9 +19,9 @@ from ir.program import Program, is_call
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.equiv.operands import own_gain
 from passes.equiv.rules import NORMS
-from passes.sites import check_skip, choose_sites, dense_weight, weights_of
+from passes.sites import check_group, check_skip, choose_sites, dense_weight, weights_of
 from passes.sparsify.branches import branch_params
-from passes.sparsify.masks import Mask, foresee_masks, mask_of, pattern_at, put_mask
+from passes.sparsify.masks import Mask, foresee_masks, kept_group, mask_of, pattern_at, put_mask
 from passes.sparsify.pattern import nm_mask, pattern_of
 from passes.sparsify.scores import magnitude
 from passes.stream import Step, calibration, split_rows, walk
@@ -62,6 +62,10 @@ class Ast(Pass):
         default=0.9,
         metadata={"help": "dropped weights start as they were, at most so much of the least kept one of their group"},
     )
+    bits: int = field(
+        default=0, metadata={"help": "round kept weights to this width in every step, as rtn after it does; 0: floats"}
+    )
+    group: int = field(default=64, metadata={"help": "inputs that share a scale there"})
     gains: bool = field(default=True, metadata={"help": "train the gains of norms as well"})
     skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave as they are, `*` stands for any text"})
 
@@ -88,6 +92,10 @@ class Ast(Pass):
             value = getattr(self, option)
             if not low <= value <= high:
                 raise OptionError(self.name, option, f"{value} is outside {low:g}..{high:g}")
+        if self.bits not in (0, *range(2, 9)):
+            raise OptionError(self.name, "bits", f"{self.bits} is neither 2..8 nor 0")
+        if self.bits:
+            kept_group(self.group, pattern_of(self.pattern), self.name)
         if not 0 < self.temperature <= 100:
             raise OptionError(self.name, "temperature", f"{self.temperature} is outside (0, 100]")
 
@@ -107,6 +115,8 @@ class Ast(Pass):
         sites = [site for block in blocks(program) for site in self._sites(program, block, ctx)]
         if not sites:
             raise UnsupportedError("there is no weight to train under a mask", where=program.name)
+        if self.bits:
+            check_group(sites, self.group, self.name)
         masks = {site.weight: self._mask(program, site) for site in sites}
         parts = [self._part(program, block) for block in blocks(program)]
         rows = replace(ctx, calibration=split_rows(ctx, self.batch))
@@ -141,7 +151,7 @@ class Ast(Pass):
         operands = [a for n in block.nodes for a in n.args if isinstance(a, fx.Node)]
         read = {str(a.target) for a in operands if a.op == "get_attr"}
         branches = tuple(sorted(branch_params(program) & read))
-        return MaskedWeights(weights, (*gains, *branches))
+        return MaskedWeights(weights, (*gains, *branches), self.bits, self.group)
 
     def _problem(
         self,

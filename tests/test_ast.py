@@ -268,6 +268,17 @@ def test_codes_follow_it(tiny_model: Program) -> None:
     assert distance(found, tiny_model, ids) < 3 * distance(floats, tiny_model, ids)
 
 
+def test_codes_that_were_trained_are_the_codes_that_are_stored(tiny_model: Program) -> None:
+    found, log = run(tiny_model, f"sparse,ast{{{QUICK} bits=3 group=16}},rtn{{bits=3 group=16}}")
+    after, _ = run(tiny_model, f"sparse,ast{{{QUICK}}},rtn{{bits=3 group=16}}")
+    samples = [row for batch in LONG for row in batch.split(1)]
+    judged = [samples[i] for i in loop.split(len(samples))[1]]
+    losses = [float(distilled_loss(logits(found, i), logits(tiny_model, i), i, 0.67, 2.0)) for i in judged]
+    assert sum(losses) / len(losses) == pytest.approx(losses_of(log)[1], rel=1e-5)
+    ids = torch.cat(judged)
+    assert distance(found, tiny_model, ids) < distance(after, tiny_model, ids)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "gemma", "mixtral"])
 def test_it_runs_on_many_architectures(name: str) -> None:
     program, data = traced(name, 2)[0], (ids_for(4, 12, seed=5), ids_for(4, 12, seed=6))
@@ -288,7 +299,14 @@ def test_a_loss_that_is_not_finite_leaves_the_start(tiny_model: Program) -> None
 
 
 def test_bad_options_and_nothing_to_train_are_named(tiny_model: Program) -> None:
-    for text in ("ast{pattern=4:2}", "ast{teacher=2}", "ast{temperature=0}", "ast{decay=-1}", "ast{ramp=2}"):
+    for text in (
+        "ast{pattern=4:2}",
+        "ast{teacher=2}",
+        "ast{temperature=0}",
+        "ast{decay=-1}",
+        "ast{ramp=2}",
+        "ast{bits=1}",
+    ):
         with pytest.raises(OptionError):
             parse(text)
     with pytest.raises(UnsupportedError, match="no weight to train"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from passes.quantize.uniform import rtn
 from passes.sparsify.pattern import Pattern, nm_mask
 from passes.sparsify.scores import magnitude, mask_change
 from passes.training.loop import State
@@ -41,12 +42,27 @@ def straight(weight: Tensor, mask: Tensor) -> Tensor:
     return found
 
 
+def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
+    """Return a weight [N, K] rounded to nearest around zero, as `rtn` stores it, with the gradients of what it was.
+
+    What is zero stays zero, so that codes of kept weights alone decode to the same.
+    """
+    with torch.no_grad():
+        near = rtn(weight, bits, group, symmetric=True).dequantize().to(weight.dtype)
+    return weight + (near - weight).detach()
+
+
 @dataclass(frozen=True)
 class MaskedWeights:
-    """Parameters of a block that are trained: masked weights and others, such as gains, by name."""
+    """Parameters of a block that are trained: masked weights and others, such as gains, by name.
+
+    bits: the width that masked weights are rounded to in every step, `group` inputs sharing a scale; 0 for floats.
+    """
 
     masked: tuple[str, ...]
     others: tuple[str, ...]
+    bits: int = 0
+    group: int = 0
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -56,6 +72,8 @@ class MaskedWeights:
     def params(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return their values under a state, masked weights masked."""
         found = {name: straight(state[WEIGHT + name], state[MASK + name]) for name in self.masked}
+        if self.bits:
+            found = {name: rounded(weight, self.bits, self.group) for name, weight in found.items()}
         return found | {name: state[FREE + name] for name in self.others}
 
 
