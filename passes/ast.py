@@ -22,7 +22,7 @@ from passes.equiv.rules import NORMS
 from passes.sites import check_group, check_skip, choose_sites, dense_weight, weights_of
 from passes.sparsify.branches import branch_params
 from passes.sparsify.masks import Mask, foresee_masks, kept_group, mask_of, pattern_at, put_mask
-from passes.sparsify.pattern import nm_mask, pattern_of
+from passes.sparsify.pattern import DENSE, Pattern, nm_mask, pattern_of
 from passes.sparsify.scores import magnitude
 from passes.stream import Step, calibration, split_rows, walk
 from passes.training.events import report_outcome
@@ -42,7 +42,10 @@ class Ast(Pass):
     Source: AST (2407.20584): annealed decay of dropped weights (section 3.2), self-distillation (section 3.3).
     """
 
-    pattern: str = field(default="2:4", metadata={"help": "n:m of weights that have no mask yet; the largest stay"})
+    pattern: str = field(
+        default="2:4",
+        metadata={"help": "n:m of weights without a mask, whose largest stay; none: train them dense, as a control"},
+    )
     epochs: int = field(default=1, metadata={"help": "times every sample is trained on"})
     batch: int = field(default=1, metadata={"help": "samples a step"})
     rate: float = field(default=1e-4, metadata={"help": "learning rate"})
@@ -83,7 +86,7 @@ class Ast(Pass):
     def validate(self) -> None:
         """Raise OptionError for values training cannot have."""
         try:
-            pattern_of(self.pattern)
+            self._wanted()
         except ValueError as error:
             raise OptionError(self.name, "pattern", str(error), fix="use one such as 2:4") from None
         shares = [(option, 0.0, 1.0) for option in ("rate", "last_rate", "teacher", "ramp", "freeze", "revive")]
@@ -95,7 +98,7 @@ class Ast(Pass):
         if self.bits not in (0, *range(2, 9)):
             raise OptionError(self.name, "bits", f"{self.bits} is neither 2..8 nor 0")
         if self.bits:
-            kept_group(self.group, pattern_of(self.pattern), self.name)
+            kept_group(self.group, self._wanted(), self.name)
         if not 0 < self.temperature <= 100:
             raise OptionError(self.name, "temperature", f"{self.temperature} is outside (0, 100]")
 
@@ -107,7 +110,8 @@ class Ast(Pass):
         """Note which weights will have a mask."""
         for block in blocks(program):
             new = [s for s in self._sites(program, block) if pattern_at(program, s) is None]
-            foresee_masks(program, new, pattern_of(self.pattern))
+            if self._wanted() != DENSE:
+                foresee_masks(program, new, self._wanted())
 
     def run(self, program: Program, ctx: Context) -> None:
         """Train; the run is kept after every epoch in `ctx.work`, and taken from there on a resumed run."""
@@ -129,9 +133,13 @@ class Ast(Pass):
                 problem.release()
         self._put(program, sites, masks, outcome, ctx)
 
+    def _wanted(self) -> Pattern:
+        """Return the pattern of weights without a mask."""
+        return DENSE if self.pattern == "none" else pattern_of(self.pattern)
+
     def _sites(self, program: Program, block: Block, ctx: Context | None = None) -> list[LinearSite]:
         """Return a block's sites that have a mask or fit the pattern; the others are recorded where a log is given."""
-        ctx, pattern, found = ctx or Context(), pattern_of(self.pattern), []
+        ctx, pattern, found = ctx or Context(), self._wanted(), []
         for site in choose_sites(program, block.nodes, self.skip, ctx):
             if pattern_at(program, site) is not None or pattern.fits(site.inputs):
                 found.append(site)
@@ -140,7 +148,7 @@ class Ast(Pass):
         return found
 
     def _mask(self, program: Program, site: LinearSite) -> Mask:
-        mask, pattern = mask_of(program, site), pattern_of(self.pattern)
+        mask, pattern = mask_of(program, site), self._wanted()
         return mask or Mask(nm_mask(magnitude(weights_of(program, [site], self.name)), pattern), pattern)
 
     def _part(self, program: Program, block: Block) -> MaskedWeights:
@@ -201,7 +209,8 @@ class Ast(Pass):
             kept = outcome.state[MASK + site.weight]
             weight = torch.where(kept, outcome.state[WEIGHT + site.weight], 0.0)
             program.params.put(site.weight, weight, self.name)
-            put_mask(program, site, Mask(kept, masks[site.weight].pattern), self.name)
+            if masks[site.weight].pattern != DENSE:
+                put_mask(program, site, Mask(kept, masks[site.weight].pattern), self.name)
         for name, tensor in outcome.state.items():
             if name.startswith(FREE):
                 program.params.put(name.removeprefix(FREE), tensor, self.name)

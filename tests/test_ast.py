@@ -20,6 +20,7 @@ from passes.ast import Ast
 from passes.base import Context, Log, OptionError
 from passes.manager import Settings, run_pipeline
 from passes.pipeline import parse, schedule
+from passes.sparsify.masks import MASKS
 from passes.sparsify.pattern import Pattern, nm_mask
 from passes.training import loop
 from passes.training.loss import distilled_loss, next_token_loss, teacher_loss
@@ -210,6 +211,15 @@ def test_without_a_pass_before_it_starts_from_the_largest(tiny_model: Program) -
     plain, _ = run(tiny_model, "sparse{method=magnitude pattern=1:4}")
     assert error(found, tiny_model) < error(plain, tiny_model)
     assert set(mask_at(found, SITES[0]).unflatten(1, (-1, 4)).sum(-1).flatten().tolist()) == {1}
+
+
+def test_dense_weights_can_be_trained_as_a_control(tiny_model: Program) -> None:
+    # So few samples that all are trained on and judged.
+    found, log = run(tiny_model, "ast{pattern=none epochs=4 rate=3e-4 teacher=0.0}", (LONG[0][:3],))
+    before, after = losses_of(log)
+    assert not coded(found) and MASKS not in found.attributes and after < before
+    still, _ = run(tiny_model, "ast{pattern=none epochs=0}")
+    assert distance(still, tiny_model, LONG[-1][-1:]) < 1e-9
 
 
 def test_dropped_weights_start_below_the_kept_ones_of_their_group(tiny_model: Program) -> None:

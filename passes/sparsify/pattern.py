@@ -29,6 +29,10 @@ class Pattern:
         return inputs % self.m == 0
 
 
+# All of every one: what a weight without a mask has.
+DENSE = Pattern(1, 1)
+
+
 def pattern_of(text: str) -> Pattern:
     """Return the pattern that text such as `2:4` spells; ValueError for another text or n not below m."""
     found = _TEXT.fullmatch(text)
