@@ -91,22 +91,24 @@ class Slorb(Pass):
         check_skip(program, self.skip, self.name)
         for walked in walk(program, ctx, "both", self.name, ctx.original):
             sites = self._masked(program, walked.block.nodes, ctx)
-            found = load_block(ctx.work, walked.block.index)
-            kept: dict[str, Tensor] = {}
+            found, kept, why = load_block(ctx.work, walked.block.index), dict[str, Tensor](), dict[str, object]()
             for group, moments in moments_of(walked, sibling_sites(sites), True, False):
                 for site in group:
                     stem, mask = site.node.name, mask_of(program, site)
                     assert mask is not None
                     if found is None:
-                        weight, branch = self._fit(program, ctx.original, site, mask, moments)
+                        weight, branch, why[stem] = self._fit(program, ctx.original, site, mask, moments)
                         kept |= {f"{stem}/weight": weight, f"{stem}/up": branch.up}
                         if isinstance(branch.down, Tensor):
                             kept[f"{stem}/down"] = branch.down
                     else:
                         weight, branch = found[0][f"{stem}/weight"], self._restored(found[0], stem)
+                        why[stem] = found[1][stem]
+                    if why[stem]:
+                        ctx.log.skip(site.name, str(why[stem]))
                     self._put(program, ctx.original, site, weight, branch, moments, ctx)
             if found is None:
-                save_block(ctx.work, walked.block.index, kept, {})
+                save_block(ctx.work, walked.block.index, kept, why)
 
     def _masked(self, program: Program, nodes: tuple[torch.fx.Node, ...], ctx: Context) -> list[LinearSite]:
         """Return the sites that get a branch; those that could not are recorded."""
@@ -122,8 +124,8 @@ class Slorb(Pass):
 
     def _fit(
         self, program: Program, original: Program, site: LinearSite, mask: Mask, moments: Moments
-    ) -> tuple[Tensor, Branch]:
-        """Return a site's weight beside its branch, in its dtype, and the branch."""
+    ) -> tuple[Tensor, Branch, str]:
+        """Return a site's weight beside its branch, in its dtype, the branch, and why it was not refitted, if so."""
         whole, dtype = weights_of(original, [site], self.name), program.params.type_of(site.weight).dtype
         gram, kept = moments.gram, mask.kept
         seen = bool(gram.matrix.diagonal().any())
@@ -136,15 +138,17 @@ class Slorb(Pass):
             up = group_means(target, kept, self.k, self.start == "dropped")
             branch = Branch(up.to(dtype), self.k)
         if self.start == "mean" and not self.refit:
-            return program.params.get(site.weight), branch
-        rest = beside(target, kept, branch.weight.double())
-        if seen and self.refit:
+            return program.params.get(site.weight), branch, ""
+        rest, why = beside(target, kept, branch.weight.double()), ""
+        if not seen:
+            why = f"its inputs were zero for all {gram.tokens} tokens, so its branch is fitted without them"
+        elif self.refit:
             try:
                 left = target - branch.weight.double()
                 rest = under_mask(left, gram.matrix, kept, self.damp, tokens=gram.tokens, site=site.name)
-            except UnsupportedError:
-                pass
-        return torch.where(kept, rest, 0.0).to(dtype), branch
+            except UnsupportedError as error:
+                why = f"{error.what} ({error.why}), so kept weights only give way to the branch"
+        return torch.where(kept, rest, 0.0).to(dtype), branch, why
 
     def _restored(self, tensors: dict[str, Tensor], stem: str) -> Branch:
         return Branch(tensors[f"{stem}/up"], tensors.get(f"{stem}/down", self.k))

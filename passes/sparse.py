@@ -21,7 +21,7 @@ from passes.sites import check_skip, choose_sites, outside_blocks, weights_of
 from passes.sparsify.dsnot import exchanged
 from passes.sparsify.masks import Mask, foresee_masks, put_mask
 from passes.sparsify.observed import Observed, observed
-from passes.sparsify.pattern import Pattern, nm_mask, pattern_of
+from passes.sparsify.pattern import nm_mask, pattern_of
 from passes.sparsify.scores import kept_share, magnitude, wanda
 from passes.sparsify.sparsegpt import sparsegpt
 from passes.stream import walk
@@ -98,24 +98,21 @@ class Sparse(Pass):
         if needed is None:
             step = ctx.log.progress(len(sites), self.name)
             for site in sites:
-                self._put(program, site, *self._cut(program, site, None), None, ctx)
+                self._put(program, site, self._cut(program, site, None), None, ctx)
                 step()
             return
         for walked in walk(program, ctx, needed.stream, self.name):
             own = self._sites(program, walked.block.nodes, Context())
-            found = load_block(ctx.work, walked.block.index)
-            kept: dict[str, Tensor] = {}
+            found, kept, why = load_block(ctx.work, walked.block.index), dict[str, Tensor](), dict[str, object]()
             for group, seen in observed(walked, sibling_sites(own), self._both, self.method == "dsnot"):
                 for site in group:
                     stem = site.node.name
-                    if found is None:
-                        weight, mask = self._cut(program, site, seen)
-                        kept |= {f"{stem}/weight": weight, f"{stem}/mask": mask}
-                    else:
-                        weight, mask = found[0][f"{stem}/weight"], found[0][f"{stem}/mask"]
-                    self._put(program, site, weight, mask, seen.moments.gram, ctx)
+                    cut = self._cut(program, site, seen) if found is None else _restored(found, stem)
+                    kept |= {f"{stem}/weight": cut.weight, f"{stem}/mask": cut.mask}
+                    why[stem] = cut.fallback
+                    self._put(program, site, cut, seen.moments.gram, ctx)
             if found is None:
-                save_block(ctx.work, walked.block.index, kept, {})
+                save_block(ctx.work, walked.block.index, kept, why)
 
     def _sites(self, program: Program, nodes: Sequence[torch.fx.Node], ctx: Context) -> list[LinearSite]:
         """Return the sites whose inputs the pattern divides; the others are recorded."""
@@ -127,41 +124,48 @@ class Sparse(Pass):
                 ctx.log.skip(site.name, f"its {site.inputs} inputs are no multiple of the pattern {pattern}")
         return fitting
 
-    def _cut(self, program: Program, site: LinearSite, seen: Observed | None) -> tuple[Tensor, Tensor]:
+    def _cut(self, program: Program, site: LinearSite, seen: Observed | None) -> _Cut:
         """Return a site's weight with zeros where none is kept, in its dtype, and its mask."""
         weight, pattern = weights_of(program, [site], self.name), pattern_of(self.pattern)
-        dtype = program.params.type_of(site.weight).dtype
+        dtype, fallback = program.params.type_of(site.weight).dtype, ""
         if seen is None or not bool(seen.energy.any()):
+            if seen is not None:
+                fallback = (
+                    f"its inputs were zero for all {seen.moments.gram.tokens} tokens, so the largest weights stay"
+                )
             mask = nm_mask(magnitude(weight), pattern)
+            return _Cut(torch.where(mask, weight, 0.0).to(dtype), mask, fallback)
+        score = wanda(weight, seen.energy)
+        mask, gram = nm_mask(score, pattern), seen.moments.gram
+        if self.method == "dsnot":
+            mask = exchanged(weight, mask, score, seen.mean, seen.variance, pattern)
         elif self.method == "sparsegpt":
-            return self._with_the_rest(weight, seen, pattern, site, dtype)
-        else:
-            score = wanda(weight, seen.energy)
-            mask = nm_mask(score, pattern)
-            if self.method == "dsnot":
-                mask = exchanged(weight, mask, score, seen.mean, seen.variance, pattern)
-        return torch.where(mask, weight, 0.0).to(dtype), mask
+            try:
+                target = corrected(weight, seen.moments, self.damp, self.share)
+                weight, mask = sparsegpt(target, gram.matrix, pattern, self.damp, tokens=gram.tokens, site=site.name)
+            except UnsupportedError as error:
+                fallback = f"{error.what} ({error.why}), so weights stay by their size times their inputs'"
+        return _Cut(torch.where(mask, weight, 0.0).to(dtype), mask, fallback)
 
-    def _with_the_rest(
-        self, weight: Tensor, seen: Observed, pattern: Pattern, site: LinearSite, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        gram = seen.moments.gram
-        target = corrected(weight, seen.moments, self.damp, self.share)
-        try:
-            found, mask = sparsegpt(target, gram.matrix, pattern, self.damp, tokens=gram.tokens, site=site.name)
-        except UnsupportedError:
-            mask = nm_mask(wanda(weight, seen.energy), pattern)
-            found = torch.where(mask, weight, 0.0)
-        return found.to(dtype), mask
-
-    def _put(
-        self, program: Program, site: LinearSite, weight: Tensor, mask: Tensor, gram: Gram | None, ctx: Context
-    ) -> None:
+    def _put(self, program: Program, site: LinearSite, cut: _Cut, gram: Gram | None, ctx: Context) -> None:
         whole = program.params.get(site.weight).double()
-        lost = relative_loss(row_energy(whole - weight.double(), gram), row_energy(whole, gram))
-        share = kept_share(whole, mask)
-        program.params.put(site.weight, weight, self.name)
-        put_mask(program, site, Mask(mask, pattern_of(self.pattern)), self.name)
-        if self.method != "magnitude" and gram is not None and not bool(gram.matrix.diagonal().any()):
-            ctx.log.skip(site.name, f"its inputs were zero for all {gram.tokens} tokens, so the largest weights stay")
-        ctx.log.report(site=site.name, kept_energy=share, rel_error=lost**0.5)
+        lost = relative_loss(row_energy(whole - cut.weight.double(), gram), row_energy(whole, gram))
+        program.params.put(site.weight, cut.weight, self.name)
+        put_mask(program, site, Mask(cut.mask, pattern_of(self.pattern)), self.name)
+        if cut.fallback:
+            ctx.log.skip(site.name, cut.fallback)
+        ctx.log.report(site=site.name, kept_energy=kept_share(whole, cut.mask), rel_error=lost**0.5)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """A weight with zeros where none is kept, its mask, and why it was not chosen as asked, or nothing."""
+
+    weight: Tensor
+    mask: Tensor
+    fallback: str
+
+
+def _restored(found: tuple[dict[str, Tensor], dict[str, object]], stem: str) -> _Cut:
+    tensors, why = found
+    return _Cut(tensors[f"{stem}/weight"], tensors[f"{stem}/mask"], str(why[stem]))
