@@ -17,9 +17,8 @@ from ir.ops.sparse import SparseCodes
 from ir.program import Program
 from ir.verify import verify
 from passes.ast import Ast
-from passes.base import Context, Log, OptionError
-from passes.manager import Settings, run_pipeline
-from passes.pipeline import parse, schedule
+from passes.base import Log, OptionError
+from passes.pipeline import parse
 from passes.sparsify.masks import MASKS
 from passes.sparsify.pattern import Pattern, nm_mask
 from passes.training import loop
@@ -28,21 +27,18 @@ from passes.training.masked import CHANGES, MASK, WEIGHT, Annealing, MaskCourse,
 from passes.training.sparse_adam import SparseAdamW
 from tests.architectures import ids_for, traced
 from tests.coded_sites import coded, decoded, same_parts
+from tests.pipeline_runs import LONG
+from tests.pipeline_runs import run as run_text
 from tests.shiftadd_runs import SITES, error
 from tests.solver_problems import draw
-from tests.watch import batches
 
 TWO_FOUR = Pattern(2, 4)
-LONG = batches((16, 32), (16, 32))
 QUICK = "epochs=4 rate=5e-4 every=4"
 
 
 def run(program: Program, text: str, data: Any = LONG, work: Path | None = None) -> tuple[Program, Log]:
-    """A copy of a program after a pipeline, as the compiler runs it, and what was said."""
-    program, log = program.clone(), Log("test")
-    pipeline, _ = schedule(parse(text))
-    run_pipeline(program, pipeline, Context(log=log, calibration=data, work=work), Settings())
-    return program, log
+    """A pipeline's program and log, on the data that most tests here take."""
+    return run_text(program, text, data, work)
 
 
 def changes_of(log: Log) -> list[float]:

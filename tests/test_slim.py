@@ -14,22 +14,19 @@ from ir.errors import UsageError
 from ir.program import Program
 from ir.verify import verify
 from passes.base import Context, Log, OptionError
-from passes.manager import Settings, run_pipeline
-from passes.pipeline import parse, schedule
+from passes.pipeline import parse
 from passes.slim import Slim
 from passes.sparsify.lowrank import truncated, weighed_error
 from tests.architectures import ids_for, traced
+from tests.pipeline_runs import run as run_text
 from tests.shiftadd_runs import DATA, SITES, error
 from tests.solver_problems import draw
 from tools.storage import storage
 
 
 def run(program: Program, text: str, data: Any = DATA, work: Path | None = None) -> tuple[Program, Log]:
-    """A copy of a program after a pipeline, as the compiler runs it, and what was said."""
-    program, log = program.clone(), Log("test")
-    pipeline, _ = schedule(parse(text))
-    run_pipeline(program, pipeline, Context(log=log, calibration=data, work=work), Settings())
-    return program, log
+    """A pipeline's program and log, on the data that most tests here take."""
+    return run_text(program, text, data, work)
 
 
 def test_strong_inputs_count_more() -> None:

@@ -18,8 +18,7 @@ from ir.ops.sparse import SparseCodes
 from ir.program import PATH, Program
 from ir.verify import verify
 from passes.base import Context, Log, OptionError
-from passes.manager import Settings, run_pipeline
-from passes.pipeline import parse, schedule
+from passes.pipeline import parse
 from passes.slorb import Slorb
 from passes.sparsify.branches import BRANCHES, branch_of
 from passes.sparsify.lowrank import beside, completed, group_means, spread_sums, truncated
@@ -27,21 +26,18 @@ from passes.sparsify.pattern import Pattern, nm_mask
 from passes.sparsify.sparsegpt import sparsegpt, under_mask
 from tests.architectures import ids_for, traced
 from tests.coded_sites import coded
+from tests.pipeline_runs import LONG
+from tests.pipeline_runs import run as run_text
 from tests.shiftadd_runs import DATA, SITES, error
 from tests.solver_problems import draw
-from tests.watch import batches
 from tools.storage import storage
 
 TWO_FOUR = Pattern(2, 4)
-LONG = batches((16, 32), (16, 32))
 
 
 def run(program: Program, text: str, data: Any = DATA, work: Path | None = None) -> tuple[Program, Log]:
-    """A copy of a program after a pipeline, as the compiler runs it, and what was said."""
-    program, log = program.clone(), Log("test")
-    pipeline, _ = schedule(parse(text))
-    run_pipeline(program, pipeline, Context(log=log, calibration=data, work=work), Settings())
-    return program, log
+    """A pipeline's program and log, on the data that most tests here take."""
+    return run_text(program, text, data, work)
 
 
 def masked(rows: int = 12, inputs: int = 64) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,13 @@ from ir.ops.sparse import SparseCodes
 from ir.program import Program
 from ir.verify import verify
 from passes.base import Context, Log, OptionError
-from passes.manager import Settings, run_pipeline
 from passes.pack import Pack
 from passes.pipeline import check, parse, schedule
 from passes.sparse import Sparse
 from passes.sparsify.masks import MASKS
 from tests.architectures import ids_for, traced
 from tests.coded_sites import coded, decoded, same_parts, stored_bytes
+from tests.pipeline_runs import run as run_text
 from tests.shiftadd_runs import DATA, SITES, error
 from tests.watch import values
 from tools.estimate import estimate
@@ -34,14 +34,9 @@ METHODS = ["magnitude", "wanda", "dsnot", "sparsegpt"]
 FACTS = frozenset({"canonical"})
 
 
-def run(
-    program: Program, text: str, data: Any = DATA, work: Path | None = None, **settings: Any
-) -> tuple[Program, Log]:
-    """A copy of a program after a pipeline, as the compiler runs it, and what was said."""
-    program, log = program.clone(), Log("test")
-    pipeline, _ = schedule(parse(text))
-    run_pipeline(program, pipeline, Context(log=log, calibration=data, work=work), Settings(**settings))
-    return program, log
+def run(program: Program, text: str, data: Any = DATA, work: Path | None = None) -> tuple[Program, Log]:
+    """A pipeline's program and log, on the data that most tests here take."""
+    return run_text(program, text, data, work)
 
 
 def sparse_at(program: Program, site: str) -> SparseCodes:
