@@ -77,7 +77,6 @@ class Bits(Pass):
     stage: ClassVar[Stage] = Stage.QUANTIZE
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     data: ClassVar[Calib | None] = Calib("float")
-    refuses: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = True
 
     def needs(self) -> Calib | None:
