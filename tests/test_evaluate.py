@@ -161,6 +161,26 @@ def test_a_model_against_itself_differs_in_nothing(folder: str, capsys: pytest.C
     assert report["kl"] == 0 and report["top1_agreement"] == 1 and report["text"] == "builtin"
 
 
+def test_several_models_are_measured_on_the_same_windows(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(tmp_path / "float")
+    write_artifact(Path(other), tiny_program())
+    common = ["--ctx", "16", "--windows", "3", "--against", other]
+    alone = []
+    for path in (folder, other):
+        assert main([path, *common, "--json"]) == 0
+        alone.append(json.loads(capsys.readouterr().out))
+    assert main([folder, other, *common, "--json"]) == 0
+    together = json.loads(capsys.readouterr().out)["models"]
+    for one, row in zip(alone, together, strict=True):
+        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in row.items() if k != "seconds"}
+    assert together[1]["kl"] == 0 and together[0]["kl"] > 0
+    assert main([folder, other, *common]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown[-2:]] == [folder, other] and "KL" in shown[-3]
+
+
 def test_wrong_usage_has_exit_code_2(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short, empty = tmp_path / "short.txt", tmp_path / "empty.txt"
     short.write_text("w5 w6 w7", encoding="utf-8")

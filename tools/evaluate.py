@@ -30,7 +30,13 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="nomul evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("model", metavar="PATH", help="artifact, Hugging Face directory or hub id, .gguf file or zoo name")
+    p.add_argument(
+        "model",
+        metavar="PATH",
+        nargs="+",
+        help="artifact, Hugging Face directory or hub id, .gguf file or zoo name; several, of one vocabulary, are "
+        "measured on the same windows and shown side by side, and --against runs once for all",
+    )
     p.add_argument("--text", default="builtin", metavar="FILE", help="text to predict, or `builtin` (the default)")
     p.add_argument("--ctx", type=int, default=1024, metavar="N", help="tokens a window (default 1024)")
     p.add_argument("--windows", type=int, metavar="N", help="how many windows, from the start (default: all)")
@@ -55,19 +61,21 @@ def main(argv: Sequence[str]) -> int:
     if options.batch < 1:
         raise UsageError("--batch must be at least 1", why=f"it is {options.batch}")
     text = load_text(options.text)
-    student = load(options.model, options.target, options.mode, console.note, options.planes)
-    windows = tokenised(student, text, options.ctx, options.windows, options.last)
+    students = [load(path, options.target, options.mode, console.note, options.planes) for path in options.model]
+    windows = tokenised(students[0], text, options.ctx, options.windows, options.last)
     teacher = load(options.against, progress=console.note) if options.against else None
-    if teacher is not None:
-        check_same_vocabulary(student, teacher)
-    start = time.perf_counter()
+    for other in (*students[1:], *([] if teacher is None else [teacher])):
+        check_same_vocabulary(students[0], other)
     with products_in(options.precision):
-        tally = measure(student, windows, options.batch, teacher)
-    report = _report(options, student, windows, tally, time.perf_counter() - start)
+        measured = measure(students, windows, options.batch, teacher)
+    rows = [
+        _report(options, path, student, windows, *found)
+        for path, student, found in zip(options.model, students, measured, strict=True)
+    ]
     if options.json:
-        console.print_json(report)
+        console.print_json(rows[0] if len(rows) == 1 else {"models": rows})
     else:
-        print(_text(report))
+        print(_text(rows[0]) if len(rows) == 1 else _table(rows))
     return 0
 
 
@@ -88,30 +96,39 @@ def check_same_vocabulary(student: Runtime, teacher: Runtime) -> None:
         raise UsageError("the two models cannot be compared", why=why, fix="compare with the model it was made from")
 
 
-def measure(student: Runtime, windows: Tensor, batch: int = 1, teacher: Runtime | None = None) -> Tally:
-    """Return the sums over all windows [windows, ctx], `batch` of them run at once, with progress on stderr."""
+def measure(
+    students: Sequence[Runtime], windows: Tensor, batch: int = 1, teacher: Runtime | None = None
+) -> list[tuple[Tally, float]]:
+    """Return each model's sums over all windows [windows, ctx] and its seconds, with progress on stderr.
+
+    batch: windows run at once; each model's seconds leave the others' and the teacher's out.
+    """
     from tools.perplexity import Tally
 
-    tally = Tally()
+    tallies, seconds = [Tally() for _ in students], [0.0] * len(students)
     chunks = windows.split(batch)
     with console.progress("windows", len(windows)) as step:
         for ids in chunks:
-            logits, _ = student.forward(ids)
-            tally.add(logits, ids, teacher.forward(ids)[0] if teacher is not None else None)
+            wanted = teacher.forward(ids)[0] if teacher is not None else None
+            for i, (student, tally) in enumerate(zip(students, tallies, strict=True)):
+                start = time.perf_counter()
+                logits, _ = student.forward(ids)
+                seconds[i] += time.perf_counter() - start
+                tally.add(logits, ids, wanted)
             for _ in ids:
-                step(f"perplexity {tally.perplexity:.3f}")
-    return tally
+                step("perplexity " + ", ".join(f"{tally.perplexity:.3f}" for tally in tallies))
+    return list(zip(tallies, seconds, strict=True))
 
 
 def _report(
-    options: argparse.Namespace, student: Runtime, windows: Tensor, tally: Tally, seconds: float
+    options: argparse.Namespace, path: str, student: Runtime, windows: Tensor, tally: Tally, seconds: float
 ) -> dict[str, object]:
     from tools.perplexity import FORMULA
     from tools.storage import storage
 
     count, ctx = windows.shape
     report: dict[str, object] = {
-        "model": options.model,
+        "model": path,
         "text": options.text,
         "formula": FORMULA,
         "ctx": ctx,
@@ -147,6 +164,27 @@ def _text(report: dict[str, object]) -> str:
     shown = [f"{r[key]:.3f} {label}" for key, label in parts if r[key] is not None]
     lines.append(f"bits        {', '.join(shown)}; stored bits a weight")
     lines.append(f"time        {r['seconds']:.1f} s")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, object]]) -> str:
+    """Return several models side by side."""
+    first = rows[0]
+    kept = [("kl", "KL", "{:.4f}"), ("top1_agreement", "top-1", "{:.2%}")] if "kl" in first else []
+    parts = (
+        ("perplexity", "perplexity", "{:.3f}"),
+        *kept,
+        ("bits_per_weight_compressed", "bits of compressed", "{:.3f}"),
+        ("bits_per_weight_model", "bits of all", "{:.3f}"),
+        ("seconds", "seconds", "{:.1f}"),
+    )
+    cells = [[r["model"], *("-" if r[key] is None else shape.format(r[key]) for key, _, shape in parts)] for r in rows]
+    lines = [
+        f"text        {first['text']}: {first['windows']} windows of {first['ctx']} tokens from its {first['from']}",
+        f"formula     {first['formula']}",
+        *([f"against     {first['against']}: KL in nats a token, top-1 agreement"] if kept else []),
+        console.table(("model", *(label for _, label, _ in parts)), cells),
+    ]
     return "\n".join(lines)
 
 
