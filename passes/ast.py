@@ -50,6 +50,7 @@ class Ast(Pass):
     batch: int = field(default=1, metadata={"help": "samples a step"})
     rate: float = field(default=1e-4, metadata={"help": "learning rate"})
     last_rate: float = field(default=0.1, metadata={"help": "share of the rate at the end of its cosine"})
+    warmup: float = field(default=0.1, metadata={"help": "share of all steps over which the rate rises from zero"})
     teacher: float = field(
         default=0.67, metadata={"help": "share of the loss that is the distance to the float model; the rest is text"}
     )
@@ -89,7 +90,9 @@ class Ast(Pass):
             self._wanted()
         except ValueError as error:
             raise OptionError(self.name, "pattern", str(error), fix="use one such as 2:4") from None
-        shares = [(option, 0.0, 1.0) for option in ("rate", "last_rate", "teacher", "ramp", "freeze", "revive")]
+        shares = [
+            (option, 0.0, 1.0) for option in ("rate", "last_rate", "warmup", "teacher", "ramp", "freeze", "revive")
+        ]
         counts = [("epochs", 0.0, 1e6), ("batch", 1.0, 1e6), ("every", 0.0, 1e6), ("decay", 0.0, 1e6)]
         for option, low, high in (*shares, *counts):
             value = getattr(self, option)
@@ -129,9 +132,12 @@ class Ast(Pass):
                 problem = self._problem(program, sites, parts, masks, walked, rows)
                 step = ctx.log.progress(self.epochs * len(split(problem.batches)[0]), self.name)
                 with products_in(ctx.precision):
-                    outcome = train(problem, Recipe(self.epochs, self.last_rate), ctx.seed, step, ctx.work)
+                    outcome = train(problem, self._recipe(), ctx.seed, step, ctx.work)
                 problem.release()
         self._put(program, sites, masks, outcome, ctx)
+
+    def _recipe(self) -> Recipe:
+        return Recipe(self.epochs, self.last_rate, warmup=self.warmup)
 
     def _wanted(self) -> Pattern:
         """Return the pattern of weights without a mask."""

@@ -95,14 +95,30 @@ def test_without_masks_and_decay_it_is_adamw() -> None:
 def test_decay_is_kept_out_of_the_mean_and_counted_among_the_squares() -> None:
     weight, mask = torch.tensor([2.0, 2.0], dtype=torch.float64).requires_grad_(), torch.tensor([True, False])
     chosen = optimiser_for(weight, mask, decay=0.5, rate=0.1)
-    weight.grad = torch.tensor([0.3, 0.3], dtype=torch.float64)
-    chosen.step()
-    state = chosen.state[weight]
-    torch.testing.assert_close(state["exp_avg"], torch.tensor([0.03, 0.03], dtype=torch.float64))
-    update = torch.tensor([0.03, 0.03 + 0.5 * 2.0], dtype=torch.float64)
-    torch.testing.assert_close(state["exp_avg_sq"], 0.05 * update.square())
-    wanted = 2.0 - 0.1 / (1 - 0.9) * update / (update.abs() + 1e-8)
-    torch.testing.assert_close(weight.detach(), wanted)
+    squares = torch.zeros(2, dtype=torch.float64)
+    for step, slope in enumerate((0.3, 0.1), 1):
+        before = weight.detach().clone()
+        weight.grad = torch.full((2,), slope, dtype=torch.float64)
+        chosen.step()
+        state, pull = chosen.state[weight], torch.where(mask, 0.0, 0.5 * before)
+        mean = {1: 0.03, 2: 0.9 * 0.03 + 0.1 * 0.1}[step]
+        torch.testing.assert_close(state["exp_avg"], torch.full((2,), mean, dtype=torch.float64))
+        squares = 0.95 * squares + 0.05 * (slope + pull).square()
+        torch.testing.assert_close(state["exp_avg_sq"], squares)
+        root = (squares / (1 - 0.95**step)).sqrt() + 1e-8
+        torch.testing.assert_close(weight.detach(), before - 0.1 * (mean / (1 - 0.9**step) + pull) / root)
+
+
+def test_kept_weights_move_as_under_adamw() -> None:
+    ours, theirs, mask = draw(5, 8).requires_grad_(), draw(5, 8).requires_grad_(), nm_mask(draw(5, 8), TWO_FOUR)
+    a = optimiser_for(ours, mask, decay=1e-2, rate=0.01)
+    b = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for i in range(6):
+        ours.grad = theirs.grad = draw(5, 8, seed=10 + i)
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(ours[~mask], theirs[~mask])
 
 
 def test_gradients_pass_straight_to_kept_and_dropped_weights() -> None:

@@ -84,13 +84,15 @@ class Recipe:
 
     epochs: over the batches that are trained on; last_rate: the learning rates' share at the end of their cosine, 1
     keeps them as they are; clip: largest gradient norm, as a multiple of its running mean, 0 for any; rollbacks: how
-    often a diverged state goes back to the best one, at half the rates, before training ends.
+    often a diverged state goes back to the best one, at half the rates, before training ends; warmup: share of all
+    steps over which the rates rise from zero.
     """
 
     epochs: int
     last_rate: float = 0.05
     clip: float = 3.0
     rollbacks: int = 3
+    warmup: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def _epoch(
     """Train on each batch once, with `begun` of all steps done; return why the epoch was broken off, or nothing."""
     typical = 0.0
     for number, batch in enumerate(order, begun):
-        run.set_rates(_rate(number / steps, recipe.last_rate))
+        run.set_rates(_rate(number / steps, (number + 1) / steps, recipe))
         run.course.before(run.optimiser, number / steps)
         run.optimiser.zero_grad()
         found = loss(run.state, batch)
@@ -259,9 +261,13 @@ def _epoch(
     return ""
 
 
-def _rate(done: float, last: float) -> float:
-    """Return a cosine from 1 to `last` at a share of the way."""
-    return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
+def _rate(done: float, after: float, recipe: Recipe) -> float:
+    """Return a cosine from 1 to the recipe's last rate at a share of the way, less while it warms up.
+
+    after: the share of the way once this step is done, so that the first step is not lost.
+    """
+    rising = min(1.0, after / recipe.warmup) if recipe.warmup else 1.0
+    return rising * (recipe.last_rate + (1 - recipe.last_rate) * (1 + math.cos(math.pi * done)) / 2)
 
 
 def judge(state: Mapping[str, Tensor], loss: Loss, batches: int) -> float:

@@ -12,10 +12,12 @@ from torch import Tensor
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW whose groups may have a mask and a decay for what it drops.
 
-    With m the running mean of gradients g, u = m + decay * d where nothing is kept and u = m elsewhere, d the weight
-    (norm `l2`) or its sign (`l1`, as CAST has it, 2509.25996); the mean of squares is that of u, and a step is
-    lr * u / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) (AST, 2407.20584, section 3.2; its release's sign of the mask is
-    an error, which lets dropped weights grow). A group without a mask is AdamW's, whose squares are those of g.
+    With m the running mean of gradients g and d the weight (norm `l2`) or its sign (`l1`, as CAST has it, 2509.25996)
+    where nothing is kept, a step is lr * (m / (1 - b1^t) + decay * d) / (sqrt(v / (1 - b2^t)) + eps), v the running
+    mean of (g + decay * d)^2: the decay is kept out of the mean and counted among the squares (AST, 2407.20584, section
+    3.2). AST corrects the bias of the sum and takes squares of means, so that its first step is ten times as long and
+    later ones several times; here what is kept moves as under AdamW. AST's release takes the mask's sign the wrong way,
+    which lets dropped weights grow.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.95)) -> None:
@@ -39,10 +41,11 @@ class SparseAdamW(torch.optim.Optimizer):
         (b1, b2), t = group["betas"], float(state["step"])
         mean, square = state["exp_avg"], state["exp_avg_sq"]
         mean.lerp_(grad, 1 - b1)
-        update, seen = mean, grad
+        update, seen = mean / (1 - b1**t), grad
         if group["mask"] is not None:
-            pull = parameter if group["norm"] == "l2" else parameter.sign()
-            update = seen = torch.where(group["mask"], mean, mean + group["decay"] * pull)
+            pull = (parameter if group["norm"] == "l2" else parameter.sign()) * group["decay"]
+            pull = pull.masked_fill(group["mask"], 0.0)
+            update, seen = update + pull, grad + pull
         square.mul_(b2).addcmul_(seen, seen, value=1 - b2)
         root = (square / (1 - b2**t)).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(update, root, value=-group["lr"] / (1 - b1**t))
+        parameter.addcdiv_(update, root, value=-group["lr"])
