@@ -21,7 +21,7 @@ from passes.equiv.operands import own_gain
 from passes.equiv.rules import NORMS
 from passes.sites import check_group, check_skip, choose_sites, dense_weight, weights_of
 from passes.sparsify.branches import branch_params
-from passes.sparsify.masks import Mask, foresee_masks, kept_group, mask_of, pattern_at, put_mask
+from passes.sparsify.masks import TRAINED, Mask, foresee_masks, kept_group, mask_of, pattern_at, put_mask
 from passes.sparsify.pattern import DENSE, Pattern, nm_mask, pattern_of
 from passes.sparsify.scores import magnitude
 from passes.stream import Step, calibration, split_rows, walk
@@ -78,7 +78,7 @@ class Ast(Pass):
     stage: ClassVar[Stage] = Stage.SPARSIFY
     order_reason: ClassVar[str] = "it trains weights before they become codes"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
-    gives: ClassVar[frozenset[str]] = frozenset({"masks"})
+    gives: ClassVar[frozenset[str]] = frozenset({"masks", TRAINED})
     refuses: ClassVar[frozenset[str]] = frozenset()
     closes_with: ClassVar[str] = "pack"
     data: ClassVar[Calib | None] = Calib("float", gradients=True, original=True)

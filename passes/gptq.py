@@ -24,7 +24,7 @@ from passes.quantize.targets import Moments, corrected
 from passes.quantize.uniform import UniformCodes, packed, packed_bytes
 from passes.sites import check_group, check_skip, choose_sites, dense_weight, figures, outside_blocks, planned
 from passes.solved import Solved, put_solved, restore_solved, save_solved
-from passes.sparsify.masks import MASKS, Mask, kept_group, mask_of, pattern_at
+from passes.sparsify.masks import Mask, floats_behind, kept_group, mask_of, pattern_at
 from passes.sparsify.pattern import Pattern, pattern_of
 from passes.stream import Step, walk
 from passes.widths import width_of
@@ -112,8 +112,7 @@ class Gptq(Pass):
         check_skip(program, self.skip, self.name)
         check_group(choose_sites(program, nodes, self.skip, ctx), self.group, self.name)
         outside_blocks(program, nodes, self.skip, ctx)
-        # A mask has changed weights already; what they are to come close to is the model before.
-        floats = ctx.original if program.attributes.get(MASKS) else None
+        floats = floats_behind(program, ctx)
         for walked in walk(program, ctx, "both" if self._both else "compressed", self.name, floats):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
             if not restore_solved(program, sites, self.name, ctx, walked.block.index):

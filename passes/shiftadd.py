@@ -39,7 +39,7 @@ from passes.sites import (
     weights_of,
 )
 from passes.solved import Solved, put_solved, restore_solved, save_solved
-from passes.sparsify.masks import MASKS, kept_group, mask_of, pattern_at
+from passes.sparsify.masks import floats_behind, kept_group, mask_of, pattern_at
 from passes.stream import Step, walk
 from passes.widths import width_of
 
@@ -236,8 +236,7 @@ class ShiftAdd(Pass):
         if self.calib == "none":
             self._run_free(program, ctx)
             return
-        # A mask has changed weights already; what they are to come close to is the model before.
-        floats = ctx.original if program.attributes.get(MASKS) else None
+        floats = floats_behind(program, ctx)
         for walked in walk(program, ctx, "both" if self._both else "compressed", self.name, floats):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
             if not restore_solved(program, sites, self.name, ctx, walked.block.index):
@@ -271,7 +270,7 @@ class ShiftAdd(Pass):
         for site in group:
             mask = masks[site.name]
             if mask is not None:
-                target = dense_weight(program, ctx.original, site, self.name)
+                target = dense_weight(program, floats_behind(program, ctx), site, self.name)
                 rows.append(fit_masked(target, site, mask, moments, how))
         solved = {row.site.node.name: row for row in rows}
         for row in rows:

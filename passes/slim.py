@@ -21,6 +21,7 @@ from passes.rotation import ROTATED
 from passes.sites import check_patterns
 from passes.sparsify.branches import BRANCHES, Branch, put_branch
 from passes.sparsify.lowrank import weighed_error
+from passes.sparsify.masks import TRAINED
 from passes.stream import Step, walk
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ class Slim(Pass):
     stage: ClassVar[Stage] = Stage.TUNE
     order_reason: ClassVar[str] = "it looks at the error of codes that are there"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
-    refuses: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[frozenset[str]] = frozenset({TRAINED})
     data: ClassVar[Calib | None] = Calib("compressed", original=True)
     exact: ClassVar[bool] = False
 

@@ -19,7 +19,7 @@ from passes.quantize.targets import Moments, corrected
 from passes.sites import check_skip, choose_sites, weights_of
 from passes.sparsify.branches import Branch, branch_of, put_branch
 from passes.sparsify.lowrank import beside, completed, group_means
-from passes.sparsify.masks import Mask, mask_of, pattern_at
+from passes.sparsify.masks import TRAINED, Mask, mask_of, pattern_at
 from passes.sparsify.sparsegpt import under_mask
 from passes.stream import walk
 
@@ -56,7 +56,7 @@ class Slorb(Pass):
     level: ClassVar[tuple[str, str]] = ("model", "model")
     stage: ClassVar[Stage] = Stage.SPARSIFY
     requires: ClassVar[frozenset[str]] = frozenset({"canonical", "masks"})
-    refuses: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[frozenset[str]] = frozenset({TRAINED})
     data: ClassVar[Calib | None] = Calib("both", original=True)
     exact: ClassVar[bool] = False
 

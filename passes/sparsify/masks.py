@@ -12,11 +12,13 @@ from ir.analysis import LinearSite
 from ir.errors import InvariantError
 from ir.ops.nm import pack_mask, unpack_mask
 from ir.program import HELD, Program
-from passes.base import OptionError
+from passes.base import Context, OptionError
 from passes.sparsify.pattern import Pattern
 
 # Key of `Program.attributes`: {weight: {"n", "m", "param"}}.
 MASKS = "masks"
+# The fact that weights were trained under their masks.
+TRAINED = "trained-weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,15 @@ def pattern_at(program: Program, site: LinearSite) -> Pattern | None:
     """Return the pattern of a site's mask, one that is there or one foreseen."""
     record = program.attributes.get(MASKS, {}).get(site.weight)
     return None if record is None else Pattern(record["n"], record["m"])
+
+
+def floats_behind(program: Program, ctx: Context) -> Program | None:
+    """Return the program that codes of masked weights are to come close to, or None for this one as it is.
+
+    One-shot masks took inputs from weights, so that it is the one before them; trained weights are not to be undone.
+    """
+    masked = bool(program.attributes.get(MASKS))
+    return ctx.original if masked and TRAINED not in program.facts else None
 
 
 def kept_group(group: int, pattern: Pattern, by: str) -> int:
