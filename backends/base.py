@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,6 +131,20 @@ class Backend(ABC):
     def settings(self) -> dict[str, Any]:
         """Return the settings that an artifact's manifest records, by name."""
         return asdict(self)
+
+    def require_operators(self, names: Iterable[str], where: str) -> None:
+        """Raise UnsupportedError unless `level` has all of these operators, before there is a program that calls them.
+
+        where: what will call them.
+        """
+        lacking = sorted(name for name in names if not self.level.allows(name))
+        if lacking:
+            raise UnsupportedError(
+                f"{self.name} lacks {', '.join(lacking)}",
+                where=where,
+                why="programs call it, or one of its kind, after that pass",
+                fix="choose --target reference, which runs every program",
+            )
 
     def require(self, program: Program) -> None:
         """Raise UnsupportedError that names the first calls this backend cannot run, with the reason for each."""

@@ -11,7 +11,7 @@ from torch import fx
 from ir.analysis import blocks, matches, site_name
 from ir.decode import is_coded
 from ir.edit import Editor
-from ir.ops.tokens import row_bytes
+from ir.ops.tokens import CODING, row_bytes
 from ir.program import Program, is_call, tensor_type_of
 from ir.types import TensorType
 from passes.base import Context, OptionError, Pass, PlanRow, Stage
@@ -44,6 +44,10 @@ class Act(Pass):
         """Raise OptionError for a width codes cannot have."""
         if not 2 <= self.bits <= 8:
             raise OptionError(self.name, "bits", f"{self.bits} is outside 2..8")
+
+    def inserts(self) -> frozenset[str]:
+        """Return the operators that code tokens."""
+        return CODING
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the linears whose inputs will be coded."""

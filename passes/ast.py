@@ -21,7 +21,7 @@ from passes.equiv.operands import own_gain
 from passes.equiv.rules import NORMS
 from passes.sites import check_group, check_skip, choose_sites, dense_weight, weights_of
 from passes.sparsify.branches import branch_params
-from passes.sparsify.masks import TRAINED, Mask, foresee_masks, kept_group, mask_of, pattern_at, put_mask
+from passes.sparsify.masks import PACKED, TRAINED, Mask, foresee_masks, kept_group, mask_of, pattern_at, put_mask
 from passes.sparsify.pattern import DENSE, Pattern, nm_mask, pattern_of
 from passes.sparsify.scores import magnitude
 from passes.stream import Step, calibration, split_rows, walk
@@ -104,6 +104,10 @@ class Ast(Pass):
             kept_group(self.group, self._wanted(), self.name)
         if not 0 < self.temperature <= 100:
             raise OptionError(self.name, "temperature", f"{self.temperature} is outside (0, 100]")
+
+    def inserts(self) -> frozenset[str]:
+        """Return what masked weights are packed for."""
+        return frozenset() if self._wanted() == DENSE else PACKED
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the sites that are trained."""

@@ -257,6 +257,10 @@ class Pass(ABC):
         del program
         return []
 
+    def inserts(self) -> frozenset[str]:
+        """Return operators that finished programs hold by these options and some backends lack, one for each kind."""
+        return frozenset()
+
     def foresee(self, program: Program) -> None:
         """Note on an outline of a program, whose weights are not read, what plans of later passes depend on."""
         del program

@@ -24,7 +24,7 @@ from passes.quantize.targets import Moments, corrected
 from passes.quantize.uniform import UniformCodes, packed, packed_bytes
 from passes.sites import check_group, check_skip, choose_sites, dense_weight, figures, outside_blocks, planned
 from passes.solved import Solved, put_solved, restore_solved, save_solved
-from passes.sparsify.masks import Mask, floats_behind, kept_group, mask_of, pattern_at
+from passes.sparsify.masks import PACKED, Mask, floats_behind, kept_group, mask_of, pattern_at
 from passes.sparsify.pattern import Pattern, pattern_of
 from passes.stream import Step, walk
 from passes.widths import width_of
@@ -97,6 +97,10 @@ class Gptq(Pass):
                 kept_group(self.group, pattern_of(self.pattern), self.name)
             except ValueError as error:
                 raise OptionError(self.name, "pattern", str(error), fix="use one such as 2:4") from None
+
+    def inserts(self) -> frozenset[str]:
+        """Return what masked weights are packed for."""
+        return PACKED if self.pattern else frozenset()
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the sites with the bits and bytes their codes will take."""

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ir.edit import Editor
-from ir.ops.tokens import row_bytes
+from ir.ops.tokens import CODING, row_bytes
 from ir.program import Program, is_call, tensor_type_of
 from ir.types import TensorType
 from passes.base import Context, OptionError, Pass, PlanRow, Stage
@@ -41,6 +41,10 @@ class Kv(Pass):
         """Raise OptionError for a width codes cannot have."""
         if not 2 <= self.bits <= 8:
             raise OptionError(self.name, "bits", f"{self.bits} is outside 2..8")
+
+    def inserts(self) -> frozenset[str]:
+        """Return the operators that code tokens."""
+        return CODING
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the caches that will be coded."""

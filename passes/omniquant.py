@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ir.analysis import Block, LinearSite, blocks
+from ir.ops.tokens import CODING
 from ir.program import Program
 from passes.act import Act
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
@@ -130,6 +131,11 @@ class Omniquant(Pass):
         for option in ("clip_rate", "scale_rate"):
             if not 0 <= getattr(self, option) < 1:
                 raise OptionError(self.name, option, f"{getattr(self, option)} is outside 0..1")
+
+    def inserts(self) -> frozenset[str]:
+        """Return the operators that code tokens, where activations or caches are to be."""
+        settled = self.settled()
+        return CODING if min(settled.act, settled.kv) < FLOAT else frozenset()
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the sites with the bits and bytes their codes will take, and the groups whose scales are learned."""

@@ -19,7 +19,7 @@ from passes.quantize.salience import relative_loss, row_energy
 from passes.quantize.targets import corrected
 from passes.sites import check_skip, choose_sites, outside_blocks, weights_of
 from passes.sparsify.dsnot import exchanged
-from passes.sparsify.masks import Mask, foresee_masks, put_mask
+from passes.sparsify.masks import PACKED, Mask, foresee_masks, put_mask
 from passes.sparsify.observed import Observed, observed
 from passes.sparsify.pattern import nm_mask, pattern_of
 from passes.sparsify.scores import kept_share, magnitude, wanda
@@ -77,6 +77,10 @@ class Sparse(Pass):
             raise OptionError(self.name, "share", f"{self.share} is outside 0..1")
         if not 0 < self.damp <= 1:
             raise OptionError(self.name, "damp", f"{self.damp} is outside (0, 1]")
+
+    def inserts(self) -> frozenset[str]:
+        """Return what masked weights are packed for."""
+        return PACKED
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the sites that get a mask."""

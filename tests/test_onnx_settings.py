@@ -15,17 +15,35 @@ from backends.onnxruntime.contrib import refuses_contrib
 from backends.onnxruntime.lowering import MODEL_FILE, detours_of, emit_program, node_counts, write_model
 from backends.onnxruntime.session import library_for
 from backends.reference.runtime import ReferenceRuntime
-from ir.errors import UsageError
+from ir.errors import UnsupportedError, UsageError
 from ir.ops.quant import QuantCodes
 from ir.program import Program
+from ir.text import op_name
 from ir.types import TensorType
+from passes.pipeline import parse, schedule
 from tests.architectures import ids_for
 from tests.architectures import relative_error as outputs_error
 from tests.coded_weights import exact_product, quant_codes, relative_error, shift_codes
 from tests.onnx_runs import function_program, sample, session_outputs
+from tests.pipeline_runs import LONG
+from tests.pipeline_runs import run as pipelined
 from tests.test_onnx_compressed import compressed
 from tools import compile
+from tools.build import plan
 from tools.entry import run
+from tools.options import BuildOptions
+
+# Pipelines after which a program calls what ONNX Runtime has no form of, and that.
+LACKING = {
+    "act": "nomul.encode_tokens",
+    "kv{bits=4}": "nomul.encode_tokens",
+    "omniquant{preset=w8a8 epochs=1}": "nomul.encode_tokens",
+    "sparse": "nomul.sparse_linear",
+    "gptq{bits=4 group=32 pattern=2:4}": "nomul.sparse_linear",
+    "ast": "nomul.sparse_linear",
+    "sparse,shiftadd{bits=2 group=32}": "nomul.sparse_linear",
+}
+FITTING = ["fold,rotate,rtn{bits=4 group=32}", "ast{pattern=none}", "omniquant{preset=w4a16g64 group=32 epochs=1}"]
 
 quant_linear = torch.ops.nomul.quant_linear.default
 CONTRIB = "com.microsoft::MatMulNBits"
@@ -187,3 +205,22 @@ def test_settings_of_another_target_are_refused(
 ) -> None:
     assert _compile(tiny_hf, tmp_path / "out", "fold", *option) == 2
     assert f"target reference has no {option[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("passes", LACKING)
+def test_a_pipeline_that_ends_in_what_the_target_lacks_is_refused_before_a_model_is_opened(passes: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"onnxruntime lacks .*{LACKING[passes]}") as refused:
+        plan(BuildOptions("no-such-model", passes, Path("out"), target="onnxruntime"))
+    assert refused.value.where == f"pass {passes.partition(',')[0].partition('{')[0]}"
+    assert plan(BuildOptions("no-such-model", passes, Path("out"))).pipeline
+
+
+@pytest.mark.parametrize("passes", [*LACKING, *FITTING])
+def test_programs_call_what_their_pipelines_said(passes: str, tiny_model: Program) -> None:
+    pipeline, _ = schedule(parse(passes))
+    said = frozenset[str]().union(*(pass_.inserts() for pass_ in pipeline.passes()))
+    program, _ = pipelined(tiny_model, passes, LONG)
+    called = {op_name(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    lacking = {n for n in called if not OnnxRuntimeBackend.level.allows(n)}
+    assert bool(lacking) == bool(said) == (passes in LACKING)
+    assert said <= lacking or lacking == {"nomul.sparse_shiftadd_linear"}

@@ -69,8 +69,10 @@ def plan(options: BuildOptions) -> Plan:
         known = ", ".join(backend_names())
         raise UsageError(f"there is no target {options.target}", fix=f"the targets are {known}")
     check_options(options)
-    target_backend(options)
+    backend = target_backend(options)
     pipeline, notes = schedule(parse(options.passes), options.keep_order)
+    for pass_ in pipeline.passes():
+        backend.require_operators(pass_.inserts(), f"pass {pass_.name}")
     return Plan(pipeline, tuple(notes))
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from ir.ops.cost import Cost
 from ir.ops.packing import pack_bits, packed_length, unpack_bits
 
+# The operators that go between values and rows, as a program's text names them.
+CODING = frozenset({"nomul.encode_tokens", "nomul.decode_tokens"})
 # Bytes of a row before its codes: the scale and the zero point.
 _HEAD = 3
 _TINY, _MOST = 2.0**-24, 65504.0

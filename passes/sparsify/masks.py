@@ -19,6 +19,8 @@ from passes.sparsify.pattern import Pattern
 MASKS = "masks"
 # The fact that weights were trained under their masks.
 TRAINED = "trained-weights"
+# One of the operators that masked weights end in: a backend that has it has the others.
+PACKED = frozenset({"nomul.sparse_linear"})
 
 
 @dataclass(frozen=True, eq=False)
