@@ -71,6 +71,10 @@ class Ast(Pass):
     )
     group: int = field(default=64, metadata={"help": "inputs that share a scale there"})
     gains: bool = field(default=True, metadata={"help": "train the gains of norms as well"})
+    recompute: bool = field(
+        default=True,
+        metadata={"help": "run each block again on the way back: a quarter more work, and memory for one block only"},
+    )
     skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave as they are, `*` stands for any text"})
 
     name: ClassVar[str] = "ast"
@@ -182,7 +186,7 @@ class Ast(Pass):
     ) -> Problem:
         """Return what is trained; last: the last block of a walk on the float model."""
         rows = calibration(ctx)
-        model, teacher = whole_function(program, [part.free for part in parts]), teacher_of(last)
+        model, teacher = whole_function(program, [part.free for part in parts], self.recompute), teacher_of(last)
 
         def loss(state: Mapping[str, Tensor], batch: int) -> Tensor:
             ids = rows[batch]

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from passes.training import loss as losses
 from passes.training.loop import Loss, Outcome, Problem, Recipe, State, split
 from passes.training.loop import train as train_problem
-from passes.training.loss import next_token_loss, plain_loss, teacher_loss, token_loss
+from passes.training.loss import distilled_loss, next_token_loss, plain_loss, teacher_loss, token_loss
 from tests.solver_problems import draw
 
 BATCHES = 8
@@ -197,3 +199,23 @@ def test_losses_of_predictions_are_what_their_names_say() -> None:
     torch.testing.assert_close(next_token_loss(logits, ids), -torch.stack(chosen).mean())
     torch.testing.assert_close(teacher_loss(logits, other), (q * (q / p).log()).sum(-1).mean())
     assert abs(float(teacher_loss(logits, logits))) < 1e-12
+
+
+@pytest.mark.parametrize("at_once", [1, 21, 1 << 19])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_gradient_of_predictions_is_that_of_the_formula(
+    share: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_AT_ONCE", at_once)
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 0, 1, 2, 3]])
+    a, wanted = draw(2, 5, 7, seed=1).requires_grad_(), draw(2, 5, 7, seed=2)
+    b = a.detach().clone().requires_grad_()
+    student, teacher = (functional.log_softmax(x / 2.5, -1) for x in (b, wanted))
+    distance = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    text = functional.cross_entropy(b[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    expected, found = share * 2.5**2 * distance + (1 - share) * text, distilled_loss(a, wanted, ids, share, 2.5)
+    torch.testing.assert_close(found, expected)
+    (3 * found).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    assert not distilled_loss(a.detach(), wanted, ids, share, 2.5).requires_grad

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Numbers moved at once: what is in between then stays in the caches.
+_AT_ONCE = 1 << 16
+
 
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW whose groups may have a mask and a decay for what it drops.
@@ -38,14 +41,31 @@ class SparseAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
-        (b1, b2), t = group["betas"], float(state["step"])
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        mean.lerp_(grad, 1 - b1)
-        update, seen = mean / (1 - b1**t), grad
-        if group["mask"] is not None:
-            pull = (parameter if group["norm"] == "l2" else parameter.sign()) * group["decay"]
-            pull = pull.masked_fill(group["mask"], 0.0)
-            update, seen = update + pull, grad + pull
-        square.mul_(b2).addcmul_(seen, seen, value=1 - b2)
-        root = (square / (1 - b2**t)).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(update, root, value=-group["lr"])
+        tensors = [parameter, grad, state["exp_avg"], state["exp_avg_sq"]]
+        tensors += [group["mask"]] if group["mask"] is not None else []
+        rows = max(1, _AT_ONCE * max(1, len(torch.atleast_1d(parameter))) // max(1, parameter.numel()))
+        parts = [torch.atleast_1d(tensor).split(rows) for tensor in tensors]
+        for part in zip(*parts, strict=True):
+            _move_part(group, float(state["step"]), *part)
+
+
+def _move_part(
+    group: dict[str, Any],
+    t: float,
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    mask: Tensor | None = None,
+) -> None:
+    """Move some rows of a parameter at its step number t."""
+    b1, b2 = group["betas"]
+    mean.lerp_(grad, 1 - b1)
+    update, seen = mean / (1 - b1**t), grad
+    if mask is not None:
+        pull = (weight if group["norm"] == "l2" else weight.sign()) * group["decay"]
+        pull.masked_fill_(mask, 0.0)
+        update, seen = update.add_(pull), pull.add_(grad)
+    square.mul_(b2).addcmul_(seen, seen, value=1 - b2)
+    root = (square / (1 - b2**t)).sqrt_().add_(group["eps"])
+    weight.addcdiv_(update, root, value=-group["lr"])

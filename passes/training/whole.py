@@ -39,12 +39,13 @@ class _Part:
 class WholeFunction:
     """A program in three steps: what comes before its blocks, its blocks, and its head.
 
-    Between forward and backward only the entry of each block is kept; its weights, and what happens inside, are
-    computed again on the way back (1604.06174, section 4), so that memory beyond the entries is that of one block.
+    recompute: between forward and backward only the entry of each block is kept; its weights, and what happens inside,
+    are computed again on the way back (1604.06174, section 4), so that memory beyond the entries is that of one block.
     """
 
     program: Program
     plan: Layout
+    recompute: bool
     _start: _Part
     _blocks: tuple[_Part, ...]
     _head: _Part
@@ -64,7 +65,7 @@ class WholeFunction:
         x = values[self.plan.blocks[0].entry.name]
         for block, part, own in zip(self.plan.blocks, self._blocks, params, strict=True):
             run = partial(_run, part, own, values, block.entry.name)
-            x = checkpoint(run, x, use_reentrant=False) if torch.is_grad_enabled() else run(x)
+            x = checkpoint(run, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else run(x)
         return x
 
     def logits(self, exits: Tensor, values: Values) -> Tensor:
@@ -77,11 +78,11 @@ class WholeFunction:
             release(part.module)
 
 
-def whole_function(program: Program, free: Sequence[Sequence[str]] | None) -> WholeFunction:
+def whole_function(program: Program, free: Sequence[Sequence[str]] | None, recompute: bool = True) -> WholeFunction:
     """Return a program as a function of parameters of its blocks.
 
     free: their names for each block, those of coded weights as `ir.decode.decoded_name` has them; None for start and
-    head alone.
+    head alone; recompute: spend a second forward pass of each block to save memory.
     """
     plan = layout(program)
     outside, last, logits = set(plan.prologue), plan.blocks[-1].exit, program.outputs[0]
@@ -92,7 +93,7 @@ def whole_function(program: Program, free: Sequence[Sequence[str]] | None) -> Wh
         part = region(program, between(program, block.entry, block.exit, outside), [block.exit])
         blocks.append(_Part(part, tuple(names), part.function(names)))
     first, end = (_Part(part, (), part.module(decode=True)) for part in (start, head))
-    return WholeFunction(program, plan, first, tuple(blocks), end)
+    return WholeFunction(program, plan, recompute, first, tuple(blocks), end)
 
 
 def _run(part: _Part, own: Callable[[], Params], values: Values, entry: str, x: Tensor) -> Tensor:
