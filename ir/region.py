@@ -11,6 +11,7 @@ from torch import fx, nn
 from ir.decode import decode_linears
 from ir.program import Program, flat_name, graph_module
 from ir.straight import pass_straight
+from ir.weights import multiply_by
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Region:
         """Return a module that maps values of the parameters `free`, then the inputs, to the tuple of outputs.
 
         Coded linears are float ones in it, each with a weight of the name that `ir.decode.decoded_name` gives. It can
-        be differentiated where tokens are rounded, and then takes caches for empty.
+        be differentiated where tokens are rounded, and then takes caches for empty. The value of a linear's weight may
+        be a `LinearWeight` instead of a tensor.
         """
         graph = self.graph()
         pass_straight(graph)
@@ -79,6 +81,7 @@ class Region:
         for node in [n for n in graph.nodes if n.op == "get_attr" and n.target in given]:
             node.replace_all_uses_with(given[str(node.target)])
             graph.erase_node(node)
+        multiply_by(graph, set(given.values()))
         return graph_module(graph, lambda name: decoded[name] if name in decoded else self.program.params.get(name))
 
 

@@ -32,6 +32,7 @@ _BUILT_IN = {
     "cbq": "passes.cbq:Cbq",
     "act": "passes.act:Act",
     "kv": "passes.kv:Kv",
+    "l4q": "passes.l4q:L4q",
     "tune-scales": "passes.tune_scales:TuneScales",
     "slim": "passes.slim:Slim",
     "to-shiftadd": "passes.to_shiftadd:ToShiftadd",

@@ -15,6 +15,7 @@ from ir.execute import empty_inputs
 from ir.products import Precision, products_in
 from ir.program import Program, is_call, release
 from ir.region import Region, region
+from ir.weights import LinearWeight
 from passes.activations import Room, Shelf, shelved
 from passes.base import Context
 
@@ -59,7 +60,7 @@ class BlockFunction:
     _flow: _Flow
     _block: Block
 
-    def __call__(self, params: Mapping[str, Tensor], batch: int) -> Tensor:
+    def __call__(self, params: Mapping[str, Tensor | LinearWeight], batch: int) -> Tensor:
         """Return a batch's exit value [batch, seq, width] under these values of the free parameters."""
         values = self._flow.values(batch, self._block)
         found: Tensor = self._module(

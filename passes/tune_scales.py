@@ -27,7 +27,8 @@ from passes.sites import check_patterns
 from passes.stream import split_rows, walk
 from passes.training.events import block_name, report_outcome
 from passes.training.loop import Problem, Recipe, split, train
-from passes.tuned_weights import Loss, TunedWeights, block_problem, tuned_weights, whole_problem
+from passes.training.problems import BlockLoss, WholeLoss, block_problem, whole_problem
+from passes.tuned_weights import TunedWeights, tuned_weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TuneScales(Pass):
     rate: float = field(default=5e-3, metadata={"help": "learning rate, of scales relative to their size"})
     last_rate: float = field(default=0.05, metadata={"help": "share of the rate at the end of its cosine"})
     gains: bool = field(default=False, metadata={"help": "train the gains of norms as well"})
-    loss: Loss = field(
+    loss: BlockLoss | WholeLoss = field(
         default="token",
         metadata={
             "help": "block by block, with tokens counted alike (token) or by their energy (plain); or all together, "
@@ -82,29 +83,30 @@ class TuneScales(Pass):
         nodes = [n for block in blocks(program) for n in block.nodes]
         check_patterns([site_name(n) for n in nodes if is_coded(n)], self.skip, self.name)
         rows = replace(ctx, calibration=split_rows(ctx, self.batch))
-        if self.loss in ("kl", "ce"):
-            self._train_whole(program, rows)
+        if self.loss == "kl" or self.loss == "ce":
+            self._train_whole(program, self.loss, rows)
         else:
-            self._train_blocks(program, rows)
+            self._train_blocks(program, self.loss, rows)
 
-    def _train_blocks(self, program: Program, ctx: Context) -> None:
+    def _train_blocks(self, program: Program, loss: BlockLoss, ctx: Context) -> None:
         for walked in walk(program, ctx, "both", self.name, ctx.original):
             index, weights = walked.block.index, self._weights(program, walked.block, ctx)
             found = load_block(ctx.work, index)
             if found is None and weights.nodes:
-                problem = block_problem(weights, walked, self.rate, self.loss)
+                problem = block_problem(weights, walked, dict.fromkeys(weights.start(), self.rate), loss)
                 found = self._trained(problem, [weights], block_name(walked.block), ctx.seed + index, ctx)
                 save_block(ctx.work, index, *found)
             if found is not None:
                 self._put(program, *found, ctx)
 
-    def _train_whole(self, program: Program, ctx: Context) -> None:
+    def _train_whole(self, program: Program, loss: WholeLoss, ctx: Context) -> None:
         parts = [self._weights(program, block, ctx) for block in blocks(program)]
         if not any(weights.nodes for weights in parts):
             return
         for walked in walk(program, ctx, "float", f"{self.name}, float model", ctx.original):
             if walked.block.index == len(parts) - 1:
-                problem = whole_problem(program, parts, walked, self.rate, self.loss, ctx)
+                rates = dict.fromkeys([name for part in parts for name in part.start()], self.rate)
+                problem = whole_problem(program, parts, walked, rates, loss, ctx)
                 step = ctx.log.progress(self.epochs * len(split(problem.batches)[0]), self.name)
                 found = self._trained(problem, parts, program.name, ctx.seed, ctx, step=step, work=ctx.work)
                 self._put(program, *found, ctx)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -15,14 +13,7 @@ from ir.ops.nested import NestedCodes
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.program import Program
-from passes.base import Context
-from passes.stream import Step, calibration
-from passes.training.loop import Problem
-from passes.training.loss import next_token_loss, plain_loss, teacher_loss, token_loss
 from passes.training.scales import CodedWeight, coded_weight
-from passes.training.whole import teacher_of, whole_function
-
-Loss = Literal["token", "plain", "kl", "ce"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,42 +55,6 @@ def tuned_weights(program: Program, nodes: Sequence[fx.Node], gains: Sequence[st
     """Return coded linears as trained; nested ones at the precision that they run at."""
     weights = {node.name: _weight(node, program) for node in nodes}
     return TunedWeights(program, {node.name: node for node in nodes}, weights, tuple(gains))
-
-
-def block_problem(weights: TunedWeights, walked: Step, rate: float, loss: Loss) -> Problem:
-    """Return the training of a block's weights, whose exit should come close to the float model's."""
-    measure = token_loss if loss == "token" else plain_loss
-    block, targets = walked.function(weights.free), walked.float_exits()
-
-    def found(state: Mapping[str, Tensor], batch: int) -> Tensor:
-        return measure(block(weights.params(state), batch), targets[batch])
-
-    start = weights.start()
-    return Problem(start, dict.fromkeys(start, rate), found, block.batches, block.release)
-
-
-def whole_problem(
-    program: Program, parts: Sequence[TunedWeights], last: Step, rate: float, loss: Loss, ctx: Context
-) -> Problem:
-    """Return the training of the weights of all blocks, `parts`, whose predictions should come close.
-
-    last: the last block of a walk on the float model. Of that model only what this block gives is kept, and its head.
-    """
-    rows = calibration(ctx)
-    model, teacher = whole_function(program, [part.free for part in parts]), teacher_of(last)
-
-    def found(state: Mapping[str, Tensor], batch: int) -> Tensor:
-        ids = rows[batch]
-        values = model.start(ids)
-        logits = model.logits(model.exits([partial(part.params, state) for part in parts], values), values)
-        return next_token_loss(logits, ids) if loss == "ce" else teacher_loss(logits, teacher.logits(ids, batch))
-
-    def release() -> None:
-        model.release()
-        teacher.release()
-
-    start = {name: tensor for part in parts for name, tensor in part.start().items()}
-    return Problem(start, dict.fromkeys(start, rate), found, len(rows), release)
 
 
 def _weight(node: fx.Node, program: Program) -> CodedWeight:

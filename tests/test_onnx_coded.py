@@ -46,11 +46,11 @@ def test_rows_that_share_scales(terms: int, row_group: int) -> None:
     assert_decoded(encode(signs, alpha, z, 1, terms, row_group))
 
 
-@pytest.mark.parametrize("code", ["trits", "trits31"])
+@pytest.mark.parametrize("code", ["trits", "trits31", "steps"])
 @pytest.mark.parametrize("terms", [0, 1, 3])
-def test_trits(terms: int, code: str) -> None:
+def test_trits_and_tied_planes(terms: int, code: str) -> None:
     generator = torch.Generator().manual_seed(terms)
-    digits = torch.randint(-1, 2, (2, 150, 47), generator=generator)
+    digits = torch.randint(-1 if code != "steps" else 0, 2, (2, 150, 47), generator=generator)
     alpha = torch.rand(75, 3, 2 if code == "trits" else 1, generator=generator)
     assert_decoded(encode(digits, alpha, torch.randn(75, 3, generator=generator), 16, terms, row_group=2, code=code))
 

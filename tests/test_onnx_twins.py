@@ -101,6 +101,14 @@ def test_uniform_planes_with_scales_of_powers_of_two(terms: int) -> None:
         assert torch.equal(decoded(codes), codes.dequantize())
 
 
+@pytest.mark.parametrize("terms", [0, 2])
+def test_planes_that_share_one_scale_around_an_offset(terms: int) -> None:
+    generator = torch.Generator().manual_seed(terms)
+    signs, alpha = torch.rand(3, 70, 100, generator=generator) < 0.5, torch.rand(70, 2, 1, generator=generator)
+    for z in (torch.randn(70, 2, generator=generator), None):
+        assert_decoded(encode(signs, alpha, z, 64, terms, code="steps"))
+
+
 def test_trits_and_rows_that_share_scales() -> None:
     generator = torch.Generator().manual_seed(1)
     digits = torch.randint(-1, 2, (2, 70, 96), generator=generator)

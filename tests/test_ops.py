@@ -28,6 +28,7 @@ from tests.sparse_cases import int_codes, random_mask, shift_codes, sparse_args,
 nomul = torch.ops.nomul
 F64 = torch.float64
 SMALLEST_SUBNORMAL, LARGEST = -149, 127
+FORMS = [("planes", 3), ("steps", 3), ("trits", 2), ("trits31", 2)]
 
 
 def random_codes(
@@ -124,6 +125,8 @@ def op_cases() -> list[Any]:
         ("trits", 2, 4),
         ("trits31", 2, 1),
         ("planes", 2, 0),
+        ("steps", 3, 0),
+        ("steps", 2, 2),
     ):
         codes = random_codes(5, 11, 4, planes, terms, offsets=terms != 1, row_group=2, code=code)
         args = shift_args(codes, torch.randn(2, 3, 11, dtype=F64), torch.randn(5, dtype=F64))
@@ -284,7 +287,9 @@ def test_shift_broadcasts_exponents() -> None:
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])
 @pytest.mark.parametrize("offsets", [True, False])
-@pytest.mark.parametrize(("code", "planes"), [("planes", 3), ("uniform", 3), ("trits", 2), ("trits31", 2)])
+@pytest.mark.parametrize(
+    ("code", "planes"), [("planes", 3), ("uniform", 3), ("steps", 3), ("trits", 2), ("trits31", 2)]
+)
 @pytest.mark.parametrize(
     ("rows", "inputs", "group", "row_group"),
     [(5, 24, 8, 1), (7, 21, 8, 3), (3, 5, 16, 1), (1, 1, 1, 1), (9, 33, 11, 4), (6, 13, 1, 8)],
@@ -301,7 +306,9 @@ def test_shifts_give_what_the_operator_gives(
         assert torch.equal(shiftadd_by_shifts(*args), nomul.shiftadd_linear(*args))
 
 
-@pytest.mark.parametrize(("code", "planes"), [("planes", 3), ("uniform", 8), ("trits", 2), ("trits31", 2)])
+@pytest.mark.parametrize(
+    ("code", "planes"), [("planes", 3), ("uniform", 8), ("steps", 4), ("trits", 2), ("trits31", 2)]
+)
 def test_scales_that_are_no_sums_of_powers_multiply(code: str, planes: int) -> None:
     codes = random_codes(7, 21, 8, planes, terms=0, row_group=3, code=code)
     x = torch.randint(-128, 128, (2, 3, 21)).double()

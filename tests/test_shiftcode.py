@@ -270,7 +270,7 @@ def test_codes_are_frozen() -> None:
         codes.group = 2  # type: ignore[misc]
 
 
-LAYOUTS = [("planes", 3), ("trits", 2), ("trits31", 2), ("uniform", 3)]
+LAYOUTS = [("planes", 3), ("trits", 2), ("trits31", 2), ("uniform", 3), ("steps", 3)]
 
 
 @pytest.mark.parametrize("terms", [0, 1, 4])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import passes.training.problems as problems
 import passes.tune_scales as module
-import passes.tuned_weights as tuned
 from ir.decode import codes_of
 from ir.errors import UnsupportedError, UsageError
 from ir.ops.nested import NestedCodes
@@ -185,7 +185,7 @@ def test_what_is_skipped_stays_and_blocks_without_codes_are_named() -> None:
 
 
 def test_a_block_that_cannot_be_trained_keeps_its_scales_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuned, "token_loss", lambda found, target: (found - target).sum() * math.nan)
+    monkeypatch.setattr(problems, "token_loss", lambda found, target: (found - target).sum() * math.nan)
     before, _ = run(CODERS["uniform"])
     after, log = run(f"{CODERS['uniform']},tune-scales{{epochs=6}}")
     assert all(same_parts(before, after, site) for site in SITES)

@@ -12,7 +12,15 @@ from ir.errors import UnsupportedError
 from ir.ops.codes import expand_rows, group_count
 from ir.ops.packing import pack_bits, unpack_bits
 from ir.ops.quant import QuantCodes
-from ir.ops.shiftcode import ShiftCodes, decode_offsets, decode_plane, decode_scales, decode_zeros, encode
+from ir.ops.shiftcode import (
+    ShiftCodes,
+    decode_offsets,
+    decode_plane,
+    decode_scales,
+    decode_zeros,
+    encode,
+    plane_scales,
+)
 from ir.rewrite import No
 
 VERSION = 1
@@ -148,17 +156,17 @@ def pack(codes: ShiftCodes | QuantCodes) -> Packed:
 
 
 def _as_signs(codes: ShiftCodes) -> ShiftCodes:
-    """Return codes with every plane of trits as two of signs, a trit being half the sum of its two signs."""
-    if not codes.meaning.trits:
+    """Return codes with a scale for each plane of signs; a trit is half the sum of its two signs."""
+    if codes.code in ("planes", "uniform"):
         return codes
-    digits = [decode_plane(codes, plane) for plane in range(codes.planes)]
-    signs = torch.stack([pack_bits((d >= least).to(torch.uint8), 1) for d in digits for least in (0, 1)])
-    scales = decode_scales(codes).repeat_interleave(2, 2) / 2
-    unpacked = torch.stack([unpack_bits(s, 1, codes.in_features) for s in signs]).bool()
-    same = (codes.group, codes.terms, codes.row_group)
-    found = encode(unpacked, scales, decode_offsets(codes), *same)
+    scales = plane_scales(codes)
+    planes = [decode_plane(codes, plane) for plane in range(codes.planes)]
+    signs = [plane > 0 for plane in planes]
+    if codes.meaning.trits:
+        signs, scales = [plane >= least for plane in planes for least in (0, 1)], scales.repeat_interleave(2, 2) / 2
+    found = encode(torch.stack(signs), scales, decode_offsets(codes), codes.group, codes.terms, codes.row_group)
     if not torch.equal(decode_scales(found), scales):
-        raise UnsupportedError("a scale of trits cannot be halved", why="it is too small for its code")
+        raise UnsupportedError(f"a scale of {codes.code} cannot be halved", why="it is too small for its code")
     return found
 
 

@@ -39,6 +39,8 @@ CODES = {
     "planes": Code(tied=False, trits=False, powers=lambda plane: (0,)),
     # Bit i of an unsigned code is worth scale * 2**i, and a sign half of that up or down.
     "uniform": Code(tied=True, trits=False, powers=lambda plane: (plane - 1,)),
+    # The same equidistant levels around an offset of any value, where uniform codes have a whole zero point.
+    "steps": Code(tied=True, trits=False, powers=lambda plane: (plane - 1,)),
     "trits": Code(tied=False, trits=True, powers=lambda plane: (-1,)),
     # scale * (3 t_0 + t_1): nine equidistant levels.
     "trits31": Code(tied=True, trits=True, powers=lambda plane: (-1,) if plane else (0, -1)),
@@ -49,8 +51,8 @@ def meaning(code: str, planes: int) -> Code:
     """Return the row of `CODES`; raises UsageError for an unknown code or a number of planes it cannot have."""
     if code not in CODES:
         raise UsageError(f"there is no code {code}", fix=f"use one of {', '.join(CODES)}")
-    if (code == "trits31" and planes != 2) or (code == "uniform" and not 1 <= planes <= 8):
-        raise UsageError(f"code {code} cannot have {planes} planes", fix="uniform has 1 to 8, trits31 has 2")
+    if (code == "trits31" and planes != 2) or (code in ("uniform", "steps") and not 1 <= planes <= 8):
+        raise UsageError(f"code {code} cannot have {planes} planes", fix="uniform and steps have 1 to 8, trits31 has 2")
     return CODES[code]
 
 

@@ -14,10 +14,11 @@ from ir.analysis import Layout, between, layout
 from ir.execute import empty_inputs
 from ir.program import Program, release
 from ir.region import Region, region
+from ir.weights import LinearWeight
 from passes.activations import Shelf
 from passes.stream import Step
 
-Params = Mapping[str, Tensor]
+Params = Mapping[str, Tensor | LinearWeight]
 Values = Mapping[str, Tensor]
 
 

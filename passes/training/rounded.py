@@ -1,0 +1,116 @@
+"""Linear maps by weights that are rounded in every step, with L4Q's gradients and no second weight in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+
+from ir.products import products_in
+
+Domain = Literal["weight", "code"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is rounded: base + factor * up @ down, by groups of inputs to codes 0 to `top`.
+
+    domain: `weight` takes the sum for the weight; `code` for its place among the levels, so that codes do not depend on
+    the scales (LR-QAT, 2406.06385, eq. 5).
+    """
+
+    group: int
+    top: int
+    factor: float
+    domain: Domain = "weight"
+
+    def places(
+        self, base: Tensor, down: Tensor | None, up: Tensor | None, scales: Tensor, centers: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """Return where weights lie among the levels, [N, G, group], code u being at u.
+
+        base: [N, K]; down: [r, K] and up: [N, r], or None; scales, centers, offsets: [N, G], level u being worth scale
+        * (u - center) + offset. The sum is taken in float32 or wider whatever products are taken in, since codes that
+        are stored must be those that were trained.
+        """
+        with products_in("float32"):
+            whole = base if down is None or up is None else torch.addmm(base, up, down, alpha=self.factor)
+        parts: Tensor = whole.unflatten(1, (-1, self.group))
+        if self.domain == "code":
+            return parts
+        # A scale that was too small to be stored has one level.
+        steps = scales.where(scales > 0, torch.inf)
+        return parts.sub(offsets[..., None]).div_(steps[..., None]).add_(centers[..., None])
+
+    def codes(self, places: Tensor) -> Tensor:
+        """Return the nearest codes, uint8 [N, G, group]."""
+        return places.clamp(0, self.top).round_().to(torch.uint8)
+
+
+def levels(codes: Tensor, scales: Tensor, centers: Tensor, offsets: Tensor, wide: bool) -> Tensor:
+    """Return the weight [N, K] of codes [N, G, group], rounded once to the scales' dtype.
+
+    wide: the product of a scale and a code is not exact there, and is taken in float64.
+    """
+    dtype = torch.float64 if wide else scales.dtype
+    parts = codes.to(dtype).sub_(centers.to(dtype)[..., None]).mul_(scales.to(dtype)[..., None])
+    return parts.add_(offsets.to(dtype)[..., None]).flatten(1).to(scales.dtype)
+
+
+class RoundedLinear(Function):
+    """x W^T + bias with W on the levels nearest to a merged weight; L4Q (2402.04902, section 3.3, appendix A).
+
+    Of a weight's size, only what is there anyway is kept for the way back: the base, and codes of a byte each where the
+    caller keeps them from step to step. Rounding passes gradients straight through, clipped weights get none; scales
+    get `code - place` inside the range and the clipped level outside (LSQ, 1902.08153, eq. 3), offsets and centers what
+    clipping lets through.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        down: Tensor | None,
+        up: Tensor | None,
+        scales: Tensor,
+        centers: Tensor,
+        offsets: Tensor,
+        bias: Tensor | None,
+        merged: Merged,
+        codes: Callable[[], Tensor],
+        wide: bool,
+    ) -> Tensor:
+        ctx.merged, ctx.codes, ctx.wide, ctx.has_bias = merged, codes, wide, bias is not None
+        ctx.save_for_backward(x, base, down, up, scales, centers, offsets)
+        return functional.linear(x, levels(codes(), scales, centers, offsets, wide), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, base, down, up, scales, centers, offsets = ctx.saved_tensors
+        merged: Merged = ctx.merged
+        codes, rows = ctx.codes(), grads[0].flatten(0, -2)
+        into_x = grads[0] @ levels(codes, scales, centers, offsets, ctx.wide) if ctx.needs_input_grad[0] else None
+        into_bias = rows.sum(0) if ctx.has_bias else None
+        slope = (rows.T @ x.flatten(0, -2)).unflatten(1, (-1, merged.group))
+        places = merged.places(base, down, up, scales, centers, offsets)
+        outside = (places < 0) | (places > merged.top)
+        worth = codes.to(slope.dtype).sub_(centers[..., None])
+        if merged.domain == "weight":
+            worth -= places.sub_(centers[..., None]).masked_fill_(outside, 0.0)
+        into_scales = (slope * worth).sum(-1)
+        # Levels move with offsets and centers, and codes the other way where they follow.
+        left = (slope * outside).sum(-1) if merged.domain == "weight" else slope.sum(-1)
+        into_base = slope.masked_fill_(outside, 0.0)
+        if merged.domain == "code":
+            into_base *= scales[..., None]
+        into_base = into_base.flatten(1)
+        into_down = merged.factor * up.T @ into_base if up is not None else None
+        into_up = merged.factor * into_base @ down.T if down is not None else None
+        needed = into_base if ctx.needs_input_grad[1] else None
+        return into_x, needed, into_down, into_up, into_scales, -scales * left, left, into_bias, None, None, None
