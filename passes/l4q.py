@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from torch import fx
 
 from ir.analysis import LinearSite, blocks
 from ir.errors import UnsupportedError
 from ir.products import products_in
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
-from passes.quantize.first_levels import Begin, first_levels
+from passes.block_training import BlockCourse, trained_block
+from passes.quantize.first_levels import Begin
 from passes.sites import check_group, check_skip, choose_sites, outside_blocks, planned, weights_of
+from passes.solved import put_solved
 from passes.stream import Step, split_rows, walk
-from passes.trained_sites import Rates, TrainedSites, Weight, all_rates
+from passes.trained_sites import Rates, TrainedSites, all_rates, energies_of, trained_sites
 from passes.training.events import report_outcome
-from passes.training.loop import Recipe, split, train
+from passes.training.loop import Outcome, Recipe, split, train
 from passes.training.low_rank import AddedWeight
 from passes.training.problems import WholeLoss, whole_problem
 from passes.training.rounded import Domain
-from passes.training.trained_codes import Grid, Offset, trained_codes
+from passes.training.trained_codes import Grid, Offset
 from passes.widths import width_of
 
 # The width at which nothing is rounded.
 FLOAT = 16
+# Share of the learning rates at the end of each block's training.
+_WARM_END = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class L4q(Pass):
         default="weight", metadata={"help": "what is added to: weights, or their places among the levels (LR-QAT)"}
     )
     begin: Begin = field(default="mse", metadata={"help": "the levels at the start"})
+    warm: int = field(default=0, metadata={"help": "epochs of whole weights before that, block by block as by blockap"})
+    warm_rate: float = field(default=1e-4, metadata={"help": "learning rate of whole weights there"})
     loss: WholeLoss = field(default="kl", metadata={"help": "towards the float model's predictions, or the text"})
     epochs: int = field(default=1, metadata={"help": "times every sample is trained on"})
     batch: int = field(default=1, metadata={"help": "samples a step"})
@@ -74,7 +77,7 @@ class L4q(Pass):
     stage: ClassVar[Stage] = Stage.QUANTIZE
     order_reason: ClassVar[str] = "it ends in codes, which later passes only tune"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
-    data: ClassVar[Calib | None] = Calib("float", gradients=True, original=True)
+    data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True)
     exact: ClassVar[bool] = False
 
     def validate(self) -> None:
@@ -83,9 +86,12 @@ class L4q(Pass):
             raise OptionError(self.name, "bits", f"{self.bits} is neither 2..8 nor {FLOAT}")
         if self.bits == FLOAT and not self.rank:
             raise OptionError(self.name, "rank", "without rounding and addition there is nothing to train")
-        ranges = (("group", 1, 1 << 20), ("terms", 0, 3), ("rank", 0, 1 << 16), ("epochs", 0, 10**6))
-        shares = (("rate", 0, 1), ("scale_rate", 0, 1), ("last_rate", 0, 1), ("warmup", 0, 1), ("batch", 1, 10**6))
-        for option, low, high in (*ranges, *shares):
+        if self.bits == FLOAT and self.warm:
+            raise OptionError(self.name, "warm", "without rounding there is nothing to train blocks for")
+        counts = [(name, 0, 10**6) for name in ("epochs", "warm", "rank")]
+        shares = [(name, 0, 1) for name in ("rate", "warm_rate", "scale_rate", "last_rate", "warmup")]
+        others = (("group", 1, 1 << 20), ("terms", 0, 3), ("batch", 1, 10**6))
+        for option, low, high in (*counts, *shares, *others):
             if not low <= getattr(self, option) <= high:
                 raise OptionError(self.name, option, f"{getattr(self, option)} is outside {low}..{high}")
 
@@ -107,66 +113,72 @@ class L4q(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Train; the run is kept after every epoch in `ctx.work`, and taken from there on a resumed run."""
         check_skip(program, self.skip, self.name)
-        sites = self._all_sites(program, ctx)
-        if not sites:
+        if not self._all_sites(program, ctx):
             raise UnsupportedError("there is no linear to train", where=program.name)
-        outside_blocks(program, [n for block in blocks(program) for n in block.nodes], self.skip, ctx)
-        rows, parts = replace(ctx, calibration=split_rows(ctx, self.batch)), list[TrainedSites]()
-        for walked in walk(program, rows, "float", f"{self.name}, float model", ctx.original):
-            parts.append(self._part(program, walked, ctx))
-            if walked.block.index == len(blocks(program)) - 1:
-                rates = all_rates(parts, Rates(self.scale_rate, self.rate))
-                problem = whole_problem(program, parts, walked, rates, self.loss, rows, self.recompute)
-                step = ctx.log.progress(self.epochs * len(split(problem.batches)[0]), self.name)
-                with products_in(ctx.precision):
-                    recipe = Recipe(self.epochs, self.last_rate, warmup=self.warmup)
-                    outcome = train(problem, recipe, ctx.seed, step, ctx.work)
-                problem.release()
+        outside_blocks(program, _nodes(program), self.skip, ctx)
+        rows, floats = replace(ctx, calibration=split_rows(ctx, self.batch)), program.clone()
+        parts, outcome = self._trained(program, rows)
         report_outcome(ctx, program.name, outcome)
-        trained = {"loss_before": outcome.before, "loss_after": outcome.after, "epochs": float(outcome.epochs)}
-        ctx.log.report(site=program.name, **trained)
+        figures = {"loss_before": outcome.before, "loss_after": outcome.after, "epochs": float(outcome.epochs)}
+        ctx.log.report(site=program.name, **figures)
         for part in parts:
-            part.put(program, outcome.state, self.name, ctx)
+            if self.bits == FLOAT:
+                part.merge(program, outcome.state, self.name, ctx)
+                continue
+            for row in part.solved(floats, outcome.state).values():
+                put_solved(program, row, self.name, ctx)
+
+    def _trained(self, program: Program, ctx: Context) -> tuple[list[TrainedSites], Outcome]:
+        """Return the weights of all blocks as they are trained, and what came of that."""
+        parts, label = list[TrainedSites](), f"{self.name}, {'block by block' if self.warm else 'float model'}"
+        work = {name: None if ctx.work is None else ctx.work / name for name in ("blocks", "whole")}
+        for walked in walk(program, ctx, "both" if self.warm else "float", label, ctx.original):
+            parts.append(self._part(program, walked, replace(ctx, work=work["blocks"])))
+            if walked.block.index < len(blocks(program)) - 1:
+                continue
+            rates = all_rates(parts, Rates(self.scale_rate, self.rate))
+            problem = whole_problem(program, parts, walked, rates, self.loss, ctx, self.recompute)
+            step = ctx.log.progress(self.epochs * len(split(problem.batches)[0]), self.name)
+            with products_in(ctx.precision):
+                recipe = Recipe(self.epochs, self.last_rate, warmup=self.warmup)
+                outcome = train(problem, recipe, ctx.seed, step, work["whole"])
+            problem.release()
+        return parts, outcome
+
+    def _part(self, program: Program, walked: Step, ctx: Context) -> TrainedSites:
+        """Return a block's weights as they are trained end to end, after training them in their block where asked."""
+        sites = choose_sites(program, walked.block.nodes, self.skip, Context())
+        seed = ctx.seed + 1000 * walked.block.index
+        if self.bits == FLOAT:
+            bases = [weights_of(program, [site], self.name).float() for site in sites]
+            added = (AddedWeight(b, self.rank, self.factor, seed + i) for i, b in enumerate(bases))
+            return TrainedSites(tuple(sites), tuple(added))
+        grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
+        energies = energies_of(walked, sites) if self.begin == "hessian" else {}
+        common = (program, sites, grids, self.begin, energies, self.name)
+        addition = {"rank": self.rank, "factor": self.factor, "domain": self.domain}
+        how: dict[str, Any] = {**addition, "relative": self.relative, "seed": seed}
+        if not self.warm:
+            return trained_sites(*common, **how)
+        whole = trained_sites(*common, whole=True, relative=self.relative)
+        course = BlockCourse(self.warm, Rates(self.scale_rate, whole=self.warm_rate), _WARM_END, "token")
+        state = trained_block(whole, walked, course, ctx)
+        whole.round_in(program, state, self.name)
+        return whole.settled(state, **how)
 
     def _all_sites(self, program: Program, ctx: Context) -> list[LinearSite]:
-        nodes = [n for block in blocks(program) for n in block.nodes]
-        sites = choose_sites(program, nodes, self.skip, ctx)
+        sites = choose_sites(program, _nodes(program), self.skip, ctx)
         if self.bits != FLOAT:
             check_group(sites, self.group, self.name)
-        wide = [s for s in sites if self.rank > min(s.rows, s.inputs)]
-        if wide:
-            why = f"{wide[0].name} has {wide[0].rows} rows and {wide[0].inputs} inputs"
-            raise OptionError(self.name, "rank", f"{self.rank} is more than any rank there: {why}")
+        for site in sites:
+            if self.rank > min(site.rows, site.inputs):
+                why = f"{self.rank} is more than {site.name} with {site.rows} rows and {site.inputs} inputs can have"
+                raise OptionError(self.name, "rank", why)
         return sites
 
     def _grid(self, bits: int) -> Grid:
         return Grid(bits, self.group, self.offset, self.terms)
 
-    def _part(self, program: Program, walked: Step, ctx: Context) -> TrainedSites:
-        """Return a block's weights as they are trained."""
-        sites = choose_sites(program, walked.block.nodes, self.skip, Context())
-        energies = self._energies(walked, sites) if self.begin == "hessian" and self.bits != FLOAT else {}
-        seeds = (ctx.seed + 1000 * walked.block.index + i for i in range(len(sites)))
-        return TrainedSites(
-            tuple(sites),
-            tuple(self._weight(program, s, energies.get(s.name), seed) for s, seed in zip(sites, seeds, strict=True)),
-        )
 
-    def _weight(self, program: Program, site: LinearSite, energy: Tensor | None, seed: int) -> Weight:
-        base = weights_of(program, [site], self.name).float()
-        if self.bits == FLOAT:
-            return AddedWeight(base, self.rank, self.factor, seed)
-        grid = self._grid(width_of(program, site, self.bits))
-        scales, offsets = first_levels(base, grid, self.begin, energy)
-        how = (self.rank, self.factor, self.domain, False, self.relative, seed)
-        return trained_codes(base, grid, scales, offsets, *how)
-
-    def _energies(self, walked: Step, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
-        """Return the sum of squares of each input of the float model's linears, [K], by site."""
-        inputs = {str(site.node.args[0]): torch.zeros(site.inputs) for site in sites}
-
-        def add(total: Tensor, x: Tensor) -> None:
-            total += x.flatten(0, -2).square().sum(0)
-
-        walked.observe_float({name: partial(add, total) for name, total in inputs.items()})
-        return {site.name: inputs[str(site.node.args[0])] for site in sites}
+def _nodes(program: Program) -> list[fx.Node]:
+    return [node for block in blocks(program) for node in block.nodes]

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ir.analysis import LinearSite
-from ir.ops.quant import QuantCodes
 from ir.program import Program
 from passes.base import Context
-from passes.sites import figures, put_quant_codes, put_shift_codes
+from passes.quantize.first_levels import Begin, first_levels
+from passes.sites import figures, weights_of
+from passes.solved import Solved
+from passes.stream import Step
 from passes.training.low_rank import Added, AddedWeight
-from passes.training.trained_codes import BASE, DOWN, OFFSETS, SCALES, UP, Bound, TrainedCodes, flipped
+from passes.training.trained_codes import (
+    BASE,
+    DOWN,
+    OFFSETS,
+    SCALES,
+    UP,
+    Bound,
+    Grid,
+    TrainedCodes,
+    flipped,
+    trained_codes,
+)
 
 Weight = TrainedCodes | AddedWeight
 
@@ -56,25 +71,77 @@ class TrainedSites:
         """Return the weights under a state."""
         return {site.weight: weight.bound(state_of(state, site)) for site, weight in self._pairs()}
 
-    def put(self, program: Program, state: Mapping[str, Tensor], by: str, ctx: Context) -> None:
-        """Store the weights under a state in the program, and report how far each is from its base."""
+    def solved(self, floats: Program, state: Mapping[str, Tensor]) -> dict[str, Solved]:
+        """Return the weights under a state as they are stored, by the node's name.
+
+        floats: the program that has the weights before training, from which errors are told.
+        """
+        found = {}
         for site, weight in self._pairs():
-            own = state_of(state, site)
-            if isinstance(weight, AddedWeight):
-                program.params.put(site.weight, weight.merged(own), by)
-                ctx.log.report(site=site.name)
-                continue
-            codes, first = weight.stored(own), weight.stored(weight.start())
-            error = _relative(program.params.get(site.weight), codes.dequantize())
-            if isinstance(codes, QuantCodes):
-                put_quant_codes(program, site, codes, by)
-            else:
-                put_shift_codes(program, site, codes, by)
+            assert isinstance(weight, TrainedCodes)
+            codes, first = weight.stored(state_of(state, site)), weight.stored(weight.start())
+            error = _relative(floats.params.get(site.weight), codes.dequantize())
             row = figures(codes.stored_bits, site.rows, site.inputs, error)
-            ctx.log.report(site=site.name, **row, changed_codes=flipped(first, codes))
+            found[site.node.name] = Solved(site, codes, {**row, "changed_codes": flipped(first, codes)})
+        return found
+
+    def settled(self, state: Mapping[str, Tensor], **how: Any) -> TrainedSites:
+        """Return the weights under a state as the start of other training, codes as they are; how: as for weights."""
+        weights, seed = [], how.pop("seed", 0)
+        for place, (site, weight) in enumerate(self._pairs()):
+            assert isinstance(weight, TrainedCodes)
+            weights.append(weight.settled(state_of(state, site), seed=seed + place, **how))
+        return TrainedSites(self.sites, tuple(weights))
+
+    def merge(self, program: Program, state: Mapping[str, Tensor], by: str, ctx: Context) -> None:
+        """Put weights that are not rounded in place, their additions merged."""
+        for site, weight in self._pairs():
+            assert isinstance(weight, AddedWeight)
+            program.params.put(site.weight, weight.merged(state_of(state, site)), by)
+            ctx.log.report(site=site.name, rank=float(weight.rank))
+
+    def round_in(self, program: Program, state: Mapping[str, Tensor], by: str) -> None:
+        """Put the weights under a state in place as floats, for what reads them next."""
+        for site, weight in self._pairs():
+            assert isinstance(weight, TrainedCodes)
+            with torch.no_grad():
+                program.params.put(site.weight, weight.bound(state_of(state, site)).dense(), by)
 
     def _pairs(self) -> list[tuple[LinearSite, Weight]]:
         return list(zip(self.sites, self.weights, strict=True))
+
+
+def trained_sites(
+    program: Program,
+    sites: Sequence[LinearSite],
+    grids: Sequence[Grid],
+    begin: Begin,
+    energies: Mapping[str, Tensor],
+    by: str,
+    **how: Any,
+) -> TrainedSites:
+    """Return linears as they are trained through rounding to grids, whose levels begin as `first_levels` has them.
+
+    energies: of the inputs, by site, where `begin` weighs by them; how: as `trained_codes` takes it; `seed` is that of
+    the first linear.
+    """
+    weights, seed = [], how.pop("seed", 0)
+    for place, (site, grid) in enumerate(zip(sites, grids, strict=True)):
+        base = weights_of(program, [site], by).float()
+        scales, offsets = first_levels(base, grid, begin, energies.get(site.name))
+        weights.append(trained_codes(base, grid, scales, offsets, seed=seed + place, **how))
+    return TrainedSites(tuple(sites), tuple(weights))
+
+
+def energies_of(walked: Step, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
+    """Return the sum of squares of each input of the float model's linears, [K], by site."""
+    inputs = {str(site.node.args[0]): torch.zeros(site.inputs) for site in sites}
+
+    def add(total: Tensor, x: Tensor) -> None:
+        total += x.flatten(0, -2).square().sum(0)
+
+    walked.observe_float({name: partial(add, total) for name, total in inputs.items()})
+    return {site.name: inputs[str(site.node.args[0])] for site in sites}
 
 
 def state_of(state: Mapping[str, Tensor], site: LinearSite) -> dict[str, Tensor]:

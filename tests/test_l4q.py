@@ -41,6 +41,8 @@ FORMS = {
     "powers of two, offsets": "bits=2 offset=float terms=3",
     "in codes": "bits=2 domain=code",
     "scales alone": "bits=2 rank=0",
+    "warmed": "bits=2 warm=1 warm_rate=1e-3",
+    "warmed, in codes": "bits=2 warm=1 warm_rate=1e-3 domain=code offset=float",
     "absolute": "bits=2 relative=false scale_rate=1e-5",
 }
 
@@ -50,7 +52,7 @@ def run(program: Program, text: str, data: Any = LONG, work: Path | None = None)
 
 
 def losses_of(log: Log) -> tuple[float, float]:
-    (row,) = [r.figures for r in log.reports if "loss_after" in r.figures]
+    *_, row = (r.figures for r in log.reports if "loss_after" in r.figures)
     return row["loss_before"], row["loss_after"]
 
 
@@ -99,6 +101,45 @@ def test_it_starts_as_rounding_to_nearest_and_ends_closer(tiny_model: Program) -
     found, _ = run(tiny_model, f"l4q{{bits=2 {QUICK} rank=4}}")
     distances = [distance(p, tiny_model) for p in (found, scales, start)]
     assert distances == sorted(distances) and distances[0] < 0.9 * distances[2]
+
+
+def test_whole_weights_trained_in_blocks_first_come_closer_still(tiny_model: Program) -> None:
+    start, _ = run(tiny_model, "l4q{bits=2 group=16 epochs=0}")
+    blocks_only, log = run(tiny_model, "blockap{bits=2 group=16 rate=1e-3 epochs=4}")
+    same, _ = run(tiny_model, "l4q{bits=2 group=16 epochs=0 warm=4 warm_rate=1e-3 rank=0}")
+    # What l4q takes over are the codes that blockap would store.
+    assert all(same_parts(blocks_only, same, site) for site in SITES)
+    both, _ = run(tiny_model, f"l4q{{bits=2 {QUICK} warm=4 warm_rate=1e-3}}")
+    distances = [distance(p, tiny_model) for p in (both, blocks_only, start)]
+    assert distances == sorted(distances)
+    losses = [(r.figures["loss_before"], r.figures["loss_after"]) for r in log.reports if "loss_after" in r.figures]
+    assert len(losses) == 2 and all(after < before for before, after in losses)
+
+
+@pytest.mark.parametrize("name", ["blockap", "l4q"])
+def test_blocks_that_were_finished_are_taken_up(
+    name: str, tiny_model: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import passes.block_training as module
+
+    warm = "warm=2 warm_rate=1e-3 epochs=1" if name == "l4q" else "epochs=2 rate=1e-3"
+    text = f"{name}{{bits=2 group=16 {warm}}}"
+    whole, log = run(tiny_model, text)
+    plain, trained = module.block_problem, list[int]()
+
+    def interrupted(part: Any, walked: Any, *rest: Any) -> Any:
+        trained.append(walked.block.index)
+        if trained == [0, 1]:
+            raise KeyboardInterrupt
+        return plain(part, walked, *rest)
+
+    monkeypatch.setattr(module, "block_problem", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, text, work=tmp_path)
+    again, said = run(tiny_model, text, work=tmp_path)
+    assert trained == [0, 1, 1]
+    assert all(same_parts(again, whole, site) for site in SITES)
+    assert [r.figures for r in said.reports] == [r.figures for r in log.reports]
 
 
 def test_text_is_learned_where_it_is_the_loss(tiny_model: Program) -> None:
@@ -195,6 +236,7 @@ def test_a_loss_that_is_not_finite_leaves_the_start(tiny_model: Program, monkeyp
     [
         ("bits=1", "neither 2..8 nor 16"),
         ("bits=16 rank=0", "nothing to train"),
+        ("bits=16 warm=1", "nothing to train"),
         ("rank=-1", "outside"),
         ("terms=4", "outside"),
         ("batch=0", "outside"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -128,6 +128,19 @@ class TrainedCodes:
                 return encode_uniform(codes, scales, zeros, grid.bits, grid.group, grid.terms)
             packed = None if zeros is None else pack_bits(zeros, grid.bits)
             return QuantCodes(pack_bits(codes, grid.bits), scales.half(), packed, grid.bits, grid.group, shape[1])
+
+    def settled(self, state: Mapping[str, Tensor], **how: Any) -> TrainedCodes:
+        """Return the weight under a state, not rounded, and its levels as the start of other training.
+
+        how: as `trained_codes` takes it.
+        """
+        with torch.no_grad():
+            scales, centers, offsets = self._levels(state)
+            base, down, up = self._parts(state)
+            whole = base if down is None or up is None else torch.addmm(base, up, down, alpha=self.factor)
+            at = {"none": None, "zero": centers, "float": offsets}[self.grid.offset]
+        assert self.domain == "weight"
+        return trained_codes(whole, self.grid, scales, at, **how)
 
     def codes(self, state: Mapping[str, Tensor], scales: Tensor, centers: Tensor, offsets: Tensor) -> Tensor:
         """Return the codes [N, G, group] under a state, found once until one of its tensors changes."""
