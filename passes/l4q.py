@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import fx
@@ -19,7 +20,7 @@ from passes.solved import put_solved
 from passes.stream import Step, split_rows, walk
 from passes.trained_sites import Rates, TrainedSites, all_rates, energies_of, trained_sites
 from passes.training.events import report_outcome
-from passes.training.loop import Outcome, Recipe, split, train
+from passes.training.loop import Outcome, Problem, Recipe, split, train
 from passes.training.low_rank import AddedWeight
 from passes.training.problems import WholeLoss, whole_problem
 from passes.training.rounded import Domain
@@ -128,21 +129,26 @@ class L4q(Pass):
             for row in part.solved(floats, outcome.state).values():
                 put_solved(program, row, self.name, ctx)
 
-    def _trained(self, program: Program, ctx: Context) -> tuple[list[TrainedSites], Outcome]:
-        """Return the weights of all blocks as they are trained, and what came of that."""
+    def problem(self, program: Program, ctx: Context) -> tuple[list[TrainedSites], Problem]:
+        """Return the weights of all blocks as they are trained end to end, and that training.
+
+        Blocks that are to be trained before are trained here, and the program's weights are then rounded ones.
+        """
         parts, label = list[TrainedSites](), f"{self.name}, {'block by block' if self.warm else 'float model'}"
-        work = {name: None if ctx.work is None else ctx.work / name for name in ("blocks", "whole")}
         for walked in walk(program, ctx, "both" if self.warm else "float", label, ctx.original):
-            parts.append(self._part(program, walked, replace(ctx, work=work["blocks"])))
-            if walked.block.index < len(blocks(program)) - 1:
-                continue
-            rates = all_rates(parts, Rates(self.scale_rate, self.rate))
-            problem = whole_problem(program, parts, walked, rates, self.loss, ctx, self.recompute)
-            step = ctx.log.progress(self.epochs * len(split(problem.batches)[0]), self.name)
-            with products_in(ctx.precision):
-                recipe = Recipe(self.epochs, self.last_rate, warmup=self.warmup)
-                outcome = train(problem, recipe, ctx.seed, step, work["whole"])
-            problem.release()
+            parts.append(self._part(program, walked, replace(ctx, work=_within(ctx.work, "blocks"))))
+            if walked.block.index == len(blocks(program)) - 1:
+                rates = all_rates(parts, Rates(self.scale_rate, self.rate))
+                problem = whole_problem(program, parts, walked, rates, self.loss, ctx, self.recompute)
+        return parts, problem
+
+    def _trained(self, program: Program, ctx: Context) -> tuple[list[TrainedSites], Outcome]:
+        parts, problem = self.problem(program, ctx)
+        step = ctx.log.progress(self.epochs * len(split(problem.batches)[0]), self.name)
+        with products_in(ctx.precision):
+            recipe = Recipe(self.epochs, self.last_rate, warmup=self.warmup)
+            outcome = train(problem, recipe, ctx.seed, step, _within(ctx.work, "whole"))
+        problem.release()
         return parts, outcome
 
     def _part(self, program: Program, walked: Step, ctx: Context) -> TrainedSites:
@@ -182,3 +188,7 @@ class L4q(Pass):
 
 def _nodes(program: Program) -> list[fx.Node]:
     return [node for block in blocks(program) for node in block.nodes]
+
+
+def _within(work: Path | None, name: str) -> Path | None:
+    return None if work is None else work / name

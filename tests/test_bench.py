@@ -104,11 +104,14 @@ def test_training_is_held_against_float_passes(tiny_hf: Path, capsys: pytest.Cap
     assert main(["training", "--model", str(tiny_hf), "--tokens", "8", "--rounds", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     first, *others = found["steps"]
-    assert first["trained"] == "float weights" and first["ratio_to_float"] == 1
-    assert [row["trained"].split()[0] for row in others] == ["clipping", "clipping", "clipping", "scales"]
+    assert first["trained"] == "float weights" and first["ratio"] == 1
+    names = ["clipping", "clipping", "clipping", "scales", "all blocks: LoRA", "all blocks: L4Q, 3 bits"]
+    assert [row["trained"] if "all" in row["trained"] else row["trained"].split()[0] for row in others] == names
+    seconds = {row["trained"]: row["seconds"] for row in found["steps"]}
     for row in found["steps"]:
         assert row["tokens"] == 8 and row["peak_bytes"] >= 0
-        assert row["ratio_to_float"] == pytest.approx(row["seconds"] / first["seconds"])
+        assert row["against"] == ("all blocks: LoRA" if "all" in row["trained"] else "float weights")
+        assert row["ratio"] == pytest.approx(row["seconds"] / seconds[row["against"]])
     from tools.training_bench import as_text
 
-    assert "x float" in as_text(found) and "4-bit activations" in as_text(found)
+    assert "of" in as_text(found) and "4-bit activations" in as_text(found) and "LoRA" in as_text(found)

@@ -1,4 +1,4 @@
-"""A step of training a block against float forward and backward passes of the same block, and the memory it takes."""
+"""A step of training a block against float passes of the same block, and one of all blocks against LoRA's."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from passes.act import Act
 from passes.base import Context
 from passes.equiv.discover import discover
 from passes.kv import Kv
+from passes.l4q import L4q
 from passes.learned_block import LearnedBlock
 from passes.manager import Settings as PipelineSettings
 from passes.manager import run_pipeline
@@ -31,9 +32,10 @@ from passes.rtn import Rtn
 from passes.stream import Step, walk
 from passes.training.loop import Problem
 from passes.training.loss import token_loss
+from passes.training.problems import block_problem
 from passes.training.transforms import transforms
 from passes.tune_scales import TuneScales
-from passes.tuned_weights import block_problem, tuned_weights
+from passes.tuned_weights import tuned_weights
 from tools.console import size_text, table
 
 # Inputs that share a scale, or what divides the inputs of smaller models.
@@ -51,10 +53,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Task:
-    """A kind of training by name, with what it trains; updates: whether a step ends with one of the optimiser."""
+    """A kind of training by name, with what it trains.
+
+    against: the name of what its time is told in multiples of; updates: whether a step ends with one of the optimiser.
+    """
 
     name: str
     problem: Problem
+    against: str
     updates: bool = True
 
     def step(self) -> float:
@@ -73,7 +79,11 @@ def measure(settings: Settings, note: Callable[[str], None]) -> dict[str, Any]:
     program = open_model(settings.model, note).program
     if "canonical" not in program.facts:
         run_pipeline(program, parse("canon"), Context(), PipelineSettings(verify="off"))
-    rows = [row for tokens in settings.tokens for row in _rows(program, tokens, settings.rounds, note)]
+    rows = []
+    for tokens in settings.tokens:
+        rows += _rows(list(_block_tasks(program, tokens, note)), tokens, settings.rounds, note)
+    fewest = min(settings.tokens)
+    rows += _rows(list(_whole_tasks(program, fewest, note)), fewest, settings.rounds, note)
     return {
         "model": settings.model,
         "threads": torch.get_num_threads(),
@@ -81,21 +91,23 @@ def measure(settings: Settings, note: Callable[[str], None]) -> dict[str, Any]:
         "load_before": psutil.getloadavg()[0],
         "torch": torch.__version__,
         "rounds": settings.rounds,
+        "weight_bytes": _bytes(program),
         "steps": rows,
     }
 
 
 def as_text(found: dict[str, Any]) -> str:
     """Return the figures as a table with a line on how they were taken."""
-    head = ("what is trained", "tokens", "s a step", "x float", "memory beyond the model")
+    head = ("what is trained", "tokens", "s a step", "x", "of", "memory beyond the model")
     rows = [
-        (r["trained"], r["tokens"], r["seconds"], r["ratio_to_float"], size_text(r["peak_bytes"]))
+        (r["trained"], r["tokens"], r["seconds"], r["ratio"], r["against"], size_text(r["peak_bytes"]))
         for r in found["steps"]
     ]
     return "\n".join(
         [
             table(head, rows),
             "step      forward pass, backward pass and update; of the float weights without the update",
+            f"memory    the model's weights take {size_text(found['weight_bytes'])} beside that",
             f"method    medians of {found['rounds']} rounds, one step of everything a round, same process and cores",
             f"machine   {found['threads']} of {found['cores']} cores, load before {found['load_before']:.1f}, "
             f"torch {found['torch']}; {found['model']}",
@@ -103,8 +115,7 @@ def as_text(found: dict[str, Any]) -> str:
     )
 
 
-def _rows(program: Program, tokens: int, rounds: int, note: Callable[[str], None]) -> list[dict[str, Any]]:
-    tasks = list(_tasks(program, tokens, note))
+def _rows(tasks: list[_Task], tokens: int, rounds: int, note: Callable[[str], None]) -> list[dict[str, Any]]:
     peaks, seconds = {}, {task.name: [] for task in tasks}  # type: dict[str, int], dict[str, list[float]]
     for task in tasks:
         give_back_memory()
@@ -122,28 +133,51 @@ def _rows(program: Program, tokens: int, rounds: int, note: Callable[[str], None
             "trained": task.name,
             "tokens": tokens,
             "seconds": medians[task.name],
-            "ratio_to_float": medians[task.name] / medians[tasks[0].name],
+            "ratio": medians[task.name] / medians[task.against],
+            "against": task.against,
             "peak_bytes": peaks[task.name],
         }
         for task in tasks
     ]
 
 
-def _tasks(program: Program, tokens: int, note: Callable[[str], None]) -> Iterator[_Task]:
-    vocabulary = int(program.outputs[0].meta["type"].dims[-1])
-    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-    ctx = Context(calibration=[ids])
-    note(f"prepare {tokens} tokens")
-    group = math.gcd(_GROUP, *(site.inputs for site in linear_sites(program, program.graph.nodes)[0]))
-    walked = _first(program.clone(), ctx)
-    yield _Task("float weights", _float(walked), updates=False)
+def _block_tasks(program: Program, tokens: int, note: Callable[[str], None]) -> Iterator[_Task]:
+    ctx, group = _context(program, tokens, note), _group_of(program)
+    walked, floats = _first(program.clone(), ctx), "float weights"
+    yield _Task(floats, _float(walked), floats, updates=False)
     for name, coded, options in (
         ("clipping", False, {"sites": ()}),
         ("clipping and scales", False, {}),
         ("clipping and scales, 4-bit activations", True, {}),
     ):
-        yield _Task(name, _learned(program.clone(), ctx, Omniquant(bits=4, group=group, **options), coded))  # type: ignore[arg-type]
-    yield _Task("scales of 4-bit codes", _tuned(program, ctx, group))
+        how = Omniquant(bits=4, group=group, **options)  # type: ignore[arg-type]
+        yield _Task(name, _learned(program.clone(), ctx, how, coded), floats)
+    yield _Task("scales of 4-bit codes", _tuned(program, ctx, group), floats)
+
+
+def _whole_tasks(program: Program, tokens: int, note: Callable[[str], None]) -> Iterator[_Task]:
+    ctx, lora = _context(program, tokens, note), "all blocks: LoRA"
+    for name, how in (
+        (lora, L4q(bits=16)),
+        ("all blocks: L4Q, 3 bits", L4q(bits=3, group=_group_of(program), begin="l4q")),
+    ):
+        yield _Task(name, how.problem(program.clone(), ctx)[1], lora)
+
+
+def _context(program: Program, tokens: int, note: Callable[[str], None]) -> Context:
+    """Return a run whose calibration is one sample of random tokens."""
+    note(f"prepare {tokens} tokens")
+    vocabulary = int(program.outputs[0].meta["type"].dims[-1])
+    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    return Context(calibration=[ids])
+
+
+def _group_of(program: Program) -> int:
+    return math.gcd(_GROUP, *(site.inputs for site in linear_sites(program, program.graph.nodes)[0]))
+
+
+def _bytes(program: Program) -> int:
+    return sum(program.params.type_of(name).nbytes for name in program.params)
 
 
 def _first(program: Program, ctx: Context, original: Program | None = None) -> Step:
@@ -177,4 +211,5 @@ def _tuned(program: Program, ctx: Context, group: int) -> Problem:
     Rtn(bits=4, group=group).run(coded, ctx)
     walked, how = _first(coded, ctx, program), TuneScales()
     nodes = [n for n in walked.block.nodes if "quant_linear" in str(n.target)]
-    return block_problem(tuned_weights(coded, nodes, ()), walked, how.rate, how.loss)
+    weights = tuned_weights(coded, nodes, ())
+    return block_problem(weights, walked, dict.fromkeys(weights.start(), how.rate), "token")
