@@ -49,6 +49,10 @@ class Ast(Pass):
     epochs: int = field(default=1, metadata={"help": "times every sample is trained on"})
     batch: int = field(default=1, metadata={"help": "samples a step"})
     rate: float = field(default=1e-4, metadata={"help": "learning rate"})
+    branches: float = field(
+        default=0.1,
+        metadata={"help": "share of that rate for branches beside linears, whose two factors multiply what each moves"},
+    )
     last_rate: float = field(default=0.1, metadata={"help": "share of the rate at the end of its cosine"})
     warmup: float = field(default=0.1, metadata={"help": "share of all steps over which the rate rises from zero"})
     teacher: float = field(
@@ -94,9 +98,8 @@ class Ast(Pass):
             self._wanted()
         except ValueError as error:
             raise OptionError(self.name, "pattern", str(error), fix="use one such as 2:4") from None
-        shares = [
-            (option, 0.0, 1.0) for option in ("rate", "last_rate", "warmup", "teacher", "ramp", "freeze", "revive")
-        ]
+        names = ("rate", "branches", "last_rate", "warmup", "teacher", "ramp", "freeze", "revive")
+        shares = [(option, 0.0, 1.0) for option in names]
         counts = [("epochs", 0.0, 1e6), ("batch", 1.0, 1e6), ("every", 0.0, 1e6), ("decay", 0.0, 1e6)]
         for option, low, high in (*shares, *counts):
             value = getattr(self, option)
@@ -204,7 +207,11 @@ class Ast(Pass):
         how = Annealing(self.decay, self.norm, self.ramp, self.every, self.freeze)
         kept, patterns = ({n: getattr(m, part) for n, m in masks.items()} for part in ("kept", "pattern"))
         course = MaskCourse(kept, patterns, how, self.epochs * len(split(len(rows))[0]))
-        return Problem(start, dict.fromkeys(start, self.rate), loss, len(rows), release, course)
+        rates = dict.fromkeys(start, self.rate)
+        rates |= dict.fromkeys(
+            rates.keys() & {FREE + name for name in branch_params(program)}, self.rate * self.branches
+        )
+        return Problem(start, rates, loss, len(rows), release, course)
 
     def _dense(self, program: Program, original: Program, site: LinearSite, mask: Mask) -> Tensor:
         """Return a site's weight with its dropped entries as they were, small enough that none is among the largest."""

@@ -10,12 +10,12 @@ from torch import fx
 from ir.analysis import LinearSite, blocks
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
+from passes.begun_sites import Start, begun_sites
 from passes.block_training import BlockCourse, trained_block
-from passes.quantize.first_levels import Begin
 from passes.sites import check_group, check_skip, choose_sites, outside_blocks, planned
 from passes.solved import put_solved
 from passes.stream import split_rows, walk
-from passes.trained_sites import Rates, energies_of, trained_sites
+from passes.trained_sites import Rates
 from passes.training.problems import BlockLoss
 from passes.training.trained_codes import Grid, Offset
 from passes.widths import width_of
@@ -34,7 +34,7 @@ class BlockAp(Pass):
     terms: int = field(
         default=0, metadata={"help": "powers of two a scale is a sum of, 1 to 3; 0 takes it as it is, in float16"}
     )
-    begin: Begin = field(default="mse", metadata={"help": "the levels at the start"})
+    begin: Start = field(default="mse", metadata={"help": "the levels at the start; gptq: and the weights"})
     loss: BlockLoss = field(default="token", metadata={"help": "count tokens alike, or by their energy (plain)"})
     epochs: int = field(default=2, metadata={"help": "times every sample is trained on, for each block"})
     batch: int = field(default=1, metadata={"help": "samples a step"})
@@ -79,11 +79,10 @@ class BlockAp(Pass):
         floats = program.clone()
         for walked in walk(program, rows, "both", self.name, ctx.original):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())
-            energies = energies_of(walked, sites) if self.begin == "hessian" else {}
-            grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
-            part = trained_sites(program, sites, grids, self.begin, energies, self.name, whole=True)
             if not sites:
                 continue
+            grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
+            part = begun_sites(program, walked, sites, grids, self.begin, self.name, whole=True)
             state = trained_block(part, walked, course, ctx)
             for row in part.solved(floats, state).values():
                 put_solved(program, row, self.name, ctx)

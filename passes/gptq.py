@@ -140,11 +140,13 @@ class Gptq(Pass):
         moments: Moments,
         shares: Tensor | None = None,
         floats: Program | None = None,
+        met: Tensor | None = None,
     ) -> Solved:
         """Return a site's codes, fitted to its weights alone where its inputs tell nothing.
 
         shares: of its groups' ranges, as `passes.quantize.gptq.gptq` takes them; searched for without. floats: the
-        program whose weight is to be coded, where that of this one has lost inputs to a mask.
+        program whose weight is to be coded, where that of this one has lost inputs to a mask. met: of a dense weight,
+        filled as `passes.quantize.gptq.gptq` does.
         """
         spec, mask = self._spec(width_of(program, site, self.bits)), self._kept(program, site)
         weight, gram = dense_weight(program, floats, site, self.name), moments.gram
@@ -155,11 +157,11 @@ class Gptq(Pass):
         else:
             try:
                 target = corrected(weight, moments, self.damp, self.share)
-                codes = self._coded(target, hessian, spec, mask, shares, gram.tokens, site.name)
+                codes = self._coded(target, hessian, spec, mask, shares, gram.tokens, site.name, met)
             except UnsupportedError as error:
                 fallback, target = f"{error.what} ({error.why}), so it is rounded without them", weight
         if fallback:
-            codes = self._coded(weight, None, spec, mask, shares, 0, site.name)
+            codes = self._coded(weight, None, spec, mask, shares, 0, site.name, met)
         left = target - codes.dequantize(torch.float64)
         lost, whole = (float(row_energy(m, None if fallback else gram).sum()) for m in (left, target))
         rows = figures(codes.stored_bits, site.rows, site.inputs, lost / whole if whole > 0 else 0.0)
@@ -194,10 +196,12 @@ class Gptq(Pass):
         shares: Tensor | None,
         tokens: int,
         site: str,
+        met: Tensor | None = None,
     ) -> QuantCodes | SparseCodes:
         """Return a weight's codes, of the weights it keeps where it has a mask or is to get one."""
         if kept is None:
-            return packed(gptq(weight, hessian, spec, shares=shares, tokens=tokens, site=site), self.symmetric)
+            codes = gptq(weight, hessian, spec, shares=shares, met=met, tokens=tokens, site=site)
+            return packed(codes, self.symmetric)
         known, pattern = (kept.kept, kept.pattern) if isinstance(kept, Mask) else (kept, kept)
         group = kept_group(spec.group, pattern, self.name)
         own = replace(spec, symmetric=True)

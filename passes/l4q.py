@@ -13,12 +13,12 @@ from ir.errors import UnsupportedError
 from ir.products import products_in
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
+from passes.begun_sites import Start, begun_sites
 from passes.block_training import BlockCourse, trained_block
-from passes.quantize.first_levels import Begin
 from passes.sites import check_group, check_skip, choose_sites, outside_blocks, planned, weights_of
 from passes.solved import put_solved
 from passes.stream import Step, split_rows, walk
-from passes.trained_sites import Rates, TrainedSites, all_rates, energies_of, trained_sites
+from passes.trained_sites import Rates, TrainedSites, all_rates
 from passes.training.events import report_outcome
 from passes.training.loop import Outcome, Problem, Recipe, split, train
 from passes.training.low_rank import AddedWeight
@@ -56,7 +56,7 @@ class L4q(Pass):
     domain: Domain = field(
         default="weight", metadata={"help": "what is added to: weights, or their places among the levels (LR-QAT)"}
     )
-    begin: Begin = field(default="mse", metadata={"help": "the levels at the start"})
+    begin: Start = field(default="mse", metadata={"help": "the levels at the start; gptq: and the weights"})
     warm: int = field(default=0, metadata={"help": "epochs of whole weights before that, block by block as by blockap"})
     warm_rate: float = field(default=1e-4, metadata={"help": "learning rate of whole weights there"})
     loss: WholeLoss = field(default="kl", metadata={"help": "towards the float model's predictions, or the text"})
@@ -134,8 +134,9 @@ class L4q(Pass):
 
         Blocks that are to be trained before are trained here, and the program's weights are then rounded ones.
         """
-        parts, label = list[TrainedSites](), f"{self.name}, {'block by block' if self.warm else 'float model'}"
-        for walked in walk(program, ctx, "both" if self.warm else "float", label, ctx.original):
+        both = self.bits != FLOAT and (self.warm > 0 or self.begin == "gptq")
+        parts, label = list[TrainedSites](), f"{self.name}, {'block by block' if both else 'float model'}"
+        for walked in walk(program, ctx, "both" if both else "float", label, ctx.original):
             parts.append(self._part(program, walked, replace(ctx, work=_within(ctx.work, "blocks"))))
             if walked.block.index == len(blocks(program)) - 1:
                 rates = all_rates(parts, Rates(self.scale_rate, self.rate))
@@ -160,13 +161,14 @@ class L4q(Pass):
             added = (AddedWeight(b, self.rank, self.factor, seed + i) for i, b in enumerate(bases))
             return TrainedSites(tuple(sites), tuple(added))
         grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
-        energies = energies_of(walked, sites) if self.begin == "hessian" else {}
-        common = (program, sites, grids, self.begin, energies, self.name)
         addition = {"rank": self.rank, "factor": self.factor, "domain": self.domain}
         how: dict[str, Any] = {**addition, "relative": self.relative, "seed": seed}
         if not self.warm:
-            return trained_sites(*common, **how)
-        whole = trained_sites(*common, whole=True, relative=self.relative)
+            found = begun_sites(program, walked, sites, grids, self.begin, self.name, **how)
+            if self.begin == "gptq":
+                found.round_in(program, found.start(), self.name)
+            return found
+        whole = begun_sites(program, walked, sites, grids, self.begin, self.name, whole=True, relative=self.relative)
         course = BlockCourse(self.warm, Rates(self.scale_rate, whole=self.warm_rate), _WARM_END, "token")
         state = trained_block(whole, walked, course, ctx)
         whole.round_in(program, state, self.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor
 from ir.analysis import LinearSite
 from ir.program import Program
 from passes.base import Context
-from passes.quantize.first_levels import Begin, first_levels
-from passes.sites import figures, weights_of
+from passes.sites import figures
 from passes.solved import Solved
-from passes.stream import Step
 from passes.training.low_rank import Added, AddedWeight
 from passes.training.trained_codes import (
     BASE,
@@ -25,10 +22,8 @@ from passes.training.trained_codes import (
     SCALES,
     UP,
     Bound,
-    Grid,
     TrainedCodes,
     flipped,
-    trained_codes,
 )
 
 Weight = TrainedCodes | AddedWeight
@@ -109,39 +104,6 @@ class TrainedSites:
 
     def _pairs(self) -> list[tuple[LinearSite, Weight]]:
         return list(zip(self.sites, self.weights, strict=True))
-
-
-def trained_sites(
-    program: Program,
-    sites: Sequence[LinearSite],
-    grids: Sequence[Grid],
-    begin: Begin,
-    energies: Mapping[str, Tensor],
-    by: str,
-    **how: Any,
-) -> TrainedSites:
-    """Return linears as they are trained through rounding to grids, whose levels begin as `first_levels` has them.
-
-    energies: of the inputs, by site, where `begin` weighs by them; how: as `trained_codes` takes it; `seed` is that of
-    the first linear.
-    """
-    weights, seed = [], how.pop("seed", 0)
-    for place, (site, grid) in enumerate(zip(sites, grids, strict=True)):
-        base = weights_of(program, [site], by).float()
-        scales, offsets = first_levels(base, grid, begin, energies.get(site.name))
-        weights.append(trained_codes(base, grid, scales, offsets, seed=seed + place, **how))
-    return TrainedSites(tuple(sites), tuple(weights))
-
-
-def energies_of(walked: Step, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
-    """Return the sum of squares of each input of the float model's linears, [K], by site."""
-    inputs = {str(site.node.args[0]): torch.zeros(site.inputs) for site in sites}
-
-    def add(total: Tensor, x: Tensor) -> None:
-        total += x.flatten(0, -2).square().sum(0)
-
-    walked.observe_float({name: partial(add, total) for name, total in inputs.items()})
-    return {site.name: inputs[str(site.node.args[0])] for site in sites}
 
 
 def state_of(state: Mapping[str, Tensor], site: LinearSite) -> dict[str, Tensor]:

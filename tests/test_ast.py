@@ -370,3 +370,18 @@ def test_bad_options_and_nothing_to_train_are_named(tiny_model: Program) -> None
 def test_masks_of_the_state_are_those_of_the_pattern(tiny_model: Program) -> None:
     course = MaskCourse({"w": torch.ones(2, 4, dtype=torch.bool)}, {"w": TWO_FOUR}, Annealing(0, "l2", 0, 5, 0), 12)
     assert course.held[CHANGES].shape == (2, 2) and list(course.held) == [MASK + "w", CHANGES]
+
+
+def test_branches_learn_more_slowly(tiny_model: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    import passes.ast as module
+
+    seen: dict[str, float] = {}
+
+    def watched(problem: Any, *rest: Any) -> Any:
+        seen.update(problem.rates)
+        return loop.train(problem, *rest)
+
+    monkeypatch.setattr(module, "train", watched)
+    run(tiny_model, "sparse,slorb{k=4},ast{epochs=1 rate=1e-4 branches=0.25}")
+    branches = {name for name in seen if "branch_" in name}
+    assert {seen[n] for n in branches} == {0.25e-4} and {seen[n] for n in seen.keys() - branches} == {1e-4}

@@ -43,6 +43,8 @@ FORMS = {
     "scales alone": "bits=2 rank=0",
     "warmed": "bits=2 warm=1 warm_rate=1e-3",
     "warmed, in codes": "bits=2 warm=1 warm_rate=1e-3 domain=code offset=float",
+    "from gptq": "bits=2 begin=gptq rate=1e-4 scale_rate=3e-4",
+    "from gptq, warmed": "bits=2 begin=gptq warm=1 offset=none warm_rate=1e-3",
     "absolute": "bits=2 relative=false scale_rate=1e-5",
 }
 
@@ -82,7 +84,7 @@ def test_the_program_is_what_training_ran(tiny_model: Program, options: str) -> 
     form = ShiftCodes if "terms" in options or "offset=float" in options else QuantCodes
     assert all(isinstance(codes_of(n, found.params.get), form) for n in inside if is_coded(n))
     flips = [r.figures["changed_codes"] for r in log.reports if "changed_codes" in r.figures]
-    assert len(flips) == len(SITES) and (max(flips) > 0 or "rank=0" in options)
+    assert len(flips) == len(SITES) and (max(flips) > 0 or "rank=0" in options or "gptq" in options)
 
 
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
@@ -114,6 +116,22 @@ def test_whole_weights_trained_in_blocks_first_come_closer_still(tiny_model: Pro
     assert distances == sorted(distances)
     losses = [(r.figures["loss_before"], r.figures["loss_after"]) for r in log.reports if "loss_after" in r.figures]
     assert len(losses) == 2 and all(after < before for before, after in losses)
+
+
+@pytest.mark.parametrize("options", ["", " offset=none", " terms=2"])
+def test_it_can_begin_at_the_codes_of_gptq(tiny_model: Program, options: str) -> None:
+    symmetric = options.replace("offset=none", "symmetric")
+    swept, _ = run(tiny_model, f"gptq{{bits=2 group=16{symmetric}}}")
+    for text in ("l4q{bits=2 group=16 epochs=0 begin=gptq", "blockap{bits=2 group=16 epochs=0 begin=gptq"):
+        start, _ = run(tiny_model, text + options + "}")
+        a, b = (
+            torch.stack([codes_of(coded(p)[s], p.params.get).dequantize() for s in SITES[:1]]) for p in (swept, start)
+        )
+        assert torch.equal(a, b)
+    nearest, _ = run(tiny_model, f"l4q{{bits=2 group=16 epochs=0{options}}}")
+    assert distance(start, tiny_model) < distance(nearest, tiny_model)
+    found, _ = run(tiny_model, f"l4q{{bits=2 {QUICK} begin=gptq rate=1e-4 scale_rate=3e-4{options}}}")
+    assert distance(found, tiny_model) < distance(start, tiny_model)
 
 
 @pytest.mark.parametrize("name", ["blockap", "l4q"])

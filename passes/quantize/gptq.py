@@ -53,10 +53,14 @@ class GptqSpec:
 
 @dataclass
 class _Codes:
-    """Codes and levels of a weight on its way; codes: uint8 [K, N], inputs in processing order."""
+    """Codes and levels of a weight on its way; codes: uint8 [K, N], inputs in processing order.
+
+    met: float64 [K, N], what each weight had become when it was rounded, or None where nobody asks.
+    """
 
     codes: Tensor
     levels: list[UniformCodes]
+    met: Tensor | None = None
 
     def laid(self, levels: UniformCodes, columns: Tensor, start: int) -> Laid:
         """Return what rounds inputs from `start` on to levels; columns: which of the levels' inputs these are."""
@@ -66,6 +70,8 @@ class _Codes:
         def become(j: int, column: Tensor) -> Tensor:
             codes = (torch.round(column / steps[j]) + zeros[j]).clamp_(0, top)
             self.codes[start + j] = codes.to(torch.uint8)
+            if self.met is not None:
+                self.met[start + j] = column
             return (codes - zeros[j]) * steps[j]
 
         return become
@@ -77,6 +83,7 @@ def gptq(
     spec: GptqSpec,
     *,
     shares: Tensor | None = None,
+    met: Tensor | None = None,
     tokens: int = 0,
     site: str = "",
 ) -> UniformCodes:
@@ -84,14 +91,17 @@ def gptq(
 
     hessian: Gram matrix [K, K] of the inputs, of any positive scale, or None for rounding without data; an input that
     was always zero is rounded as a weight of zero. shares: [2, N, G], of the greatest and the least weight of each
-    group, within which its levels lie, in place of a search. tokens, site: for messages. Rows are independent.
+    group, within which its levels lie, in place of a search. met: float64 [N, K], filled with what each weight had
+    become when it was rounded: its nearest code is the one returned. tokens, site: for messages. Rows are independent.
     Raises UsageError for a weight that is not a finite matrix or a Hessian of another size, UnsupportedError for one
     that cannot be factored.
     """
     _check(weight, hessian, site)
     if hessian is None:
+        if met is not None:
+            met.copy_(weight)
         return spec.levels(weight, min(spec.group, weight.shape[1]), None, shares)
-    return _swept(weight, hessian, spec, shares, None, tokens, site)[0]
+    return _swept(weight, hessian, spec, shares, None, tokens, site, met)[0]
 
 
 def sparse_gptq(
@@ -134,18 +144,21 @@ def _swept(
     kept: Tensor | Pattern | None,
     tokens: int,
     site: str,
+    met: Tensor | None = None,
 ) -> tuple[UniformCodes, Tensor]:
     group = min(spec.group, weight.shape[1])
     columns, spans = _order(hessian.diagonal(), group, spec.order, kept.m if isinstance(kept, Pattern) else 1)
     prepared = prepare(hessian[columns][:, columns], spec.damp, tokens=tokens, site=site)
     rest = weight.double()[:, columns].masked_fill(prepared.dead, 0.0).T.contiguous()
-    found = _Codes(torch.empty(rest.shape, dtype=torch.uint8), [])
+    found = _Codes(torch.empty(rest.shape, dtype=torch.uint8), [], None if met is None else torch.empty_like(rest))
     seen = torch.where(kept, weight, 0.0) if isinstance(kept, Tensor) else weight
     lay = _laying(found, seen, columns, spans, prepared, spec, shares)
     mask = sweep(rest, prepared, spans, lay, _keeping(kept, columns))
     found.codes.masked_fill_(~mask, 2 ** (spec.bits - 1))
     stored, stored_mask = torch.empty_like(found.codes.T), torch.empty_like(mask.T)
     stored[:, columns], stored_mask[:, columns] = found.codes.T, mask.T
+    if met is not None and found.met is not None:
+        met[:, columns] = found.met.T
     stored, levels = stored.contiguous(), found.levels
     if spec.order != "inputs":
         levels = [one for _, one in sorted(zip(spans, levels, strict=True), key=lambda pair: pair[0].group)]
