@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,7 +29,8 @@ class _Flow:
 
     entry: the value entering the current block, per batch; carried: the token ids and other token-dependent values of
     the prologue that blocks read, per batch; ambient: values that depend on shapes only, per batch shape; ready: the
-    block's exit, per batch, where observing a block that will not change has computed it already.
+    block's exit, per batch, where observing a block that will not change has computed it already; due: blocks that were
+    left without anybody looking at the stream, and are run once somebody does; seen: whether somebody did in this one.
     """
 
     program: Program
@@ -40,8 +41,11 @@ class _Flow:
     shapes: list[torch.Size]
     precision: Precision
     ready: Shelf
+    due: list[Block] = field(default_factory=list)
+    seen: bool = False
 
     def values(self, batch: int, block: Block) -> Mapping[str, Tensor]:
+        _settle(self)
         known = {**self.ambient[self.shapes[batch]], **self.carried[batch]}
         return {**known, block.entry.name: self.entry[batch]}
 
@@ -164,6 +168,7 @@ class Step:
         """Return what the original block gives on the compressed stream, per batch; the caller clears it."""
         if self._compressed is None or self._float is None or self._float_block is None:
             raise ValueError("this walk does not carry both streams")
+        _settle(self._compressed)
         flow = replace(self._compressed, program=self._float.program, plan=self._float.plan)
         return shelved(flow.entry.room, _exits(flow, self._float_block))
 
@@ -225,7 +230,7 @@ def _walk(
         last = block.index == len(plan.blocks) - 1
         for flow, owner in ((compressed, block), (floating, float_block)):
             if flow is not None and owner is not None and not last:
-                _advance(flow, owner)
+                _leave(flow, owner)
         step()
 
 
@@ -295,6 +300,7 @@ def _run(flow: _Flow, block: Block, wanted: Mapping[fx.Node, Callback]) -> None:
 
 def _values(flow: _Flow, block: Block, wanted: Sequence[fx.Node]) -> Iterator[list[Tensor]]:
     """Yield each batch's wanted values, run only as far as they need; the entry itself may be wanted too."""
+    _settle(flow)
     inner = [n for n in wanted if n is not block.entry]
     nodes = dict.fromkeys(n for w in inner for n in between(flow.program, block.entry, w, _outside(flow)))
     part = region(flow.program, nodes, inner)
@@ -309,6 +315,27 @@ def _values(flow: _Flow, block: Block, wanted: Sequence[fx.Node]) -> Iterator[li
         release(module)
 
 
+def _leave(flow: _Flow, block: Block) -> None:
+    """Move a stream to the block's exit: at once where somebody looked at it here, and otherwise when somebody does.
+
+    A resumed pass thus runs no block that it finds finished before the first that it does not.
+    """
+    if flow.seen or len(flow.ready):
+        _settle(flow)
+        _advance(flow, block)
+    else:
+        flow.due.append(block)
+    flow.seen = False
+
+
+def _settle(flow: _Flow) -> None:
+    """Bring a stream to the block it stands at."""
+    flow.seen = True
+    due, flow.due = flow.due, []
+    for block in due:
+        _advance(flow, block)
+
+
 def _advance(flow: _Flow, block: Block) -> None:
     """Replace each batch's entry by the block's exit, computed with the block as it is now unless it is ready."""
     if len(flow.ready):
@@ -321,6 +348,7 @@ def _advance(flow: _Flow, block: Block) -> None:
 
 def _exits(flow: _Flow, block: Block, through: int | None = None) -> Iterator[Tensor]:
     """Yield each batch's exit of a block, or of a later one, as it is now."""
+    _settle(flow)
     part = _whole(flow, block, through)
     module = part.module(decode=True)
     for batch in range(len(flow.entry)):

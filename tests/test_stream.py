@@ -282,3 +282,43 @@ def test_products_in_bfloat16_stay_near_and_end_with_the_walk(tiny_model: Progra
     for exact, near in zip(found["float32"], found["bfloat16"], strict=True):
         assert float((near - exact).norm() / exact.norm()) < 2e-2
         assert torch.equal(near, exact) != rounds
+
+
+@pytest.mark.parametrize("looked_at", [(0, 1), (1,), ()])
+def test_blocks_nobody_looked_at_are_run_when_somebody_does(
+    tiny_model: Program, looked_at: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import passes.stream as stream
+
+    moved, advance = list[int](), stream._advance
+
+    def counted(flow: object, block: object) -> None:
+        moved.append(block.index)  # type: ignore[attr-defined]
+        advance(flow, block)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream, "_advance", counted)
+    data, found = batches(*SHAPES), dict[int, list[Tensor]]()
+    program = tiny_model.clone()
+    for step in walk(program, Context(calibration=data), "compressed", "test"):
+        if step.block.index in looked_at:
+            found[step.block.index] = []
+            step.observe({step.block.entry: keep(found[step.block.index])})
+        coarse(program, step)
+    assert moved == ([0] if 1 in looked_at else [])
+    for index, seen in found.items():
+        entry = blocks(program)[index].entry.name
+        assert equal(seen, [values(program, ids)[entry] for ids in data])
+
+
+def test_a_resumed_pass_runs_no_block_that_is_finished(
+    tiny_model: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import passes.stream as stream
+    from tests.coded_sites import coded, same_parts
+    from tests.pipeline_runs import run
+
+    wanted, _ = run(tiny_model, "gptq{bits=3 group=16}", batches((2, 16)), tmp_path)
+    monkeypatch.setattr(stream, "_values", None)
+    monkeypatch.setattr(stream, "_exits", None)
+    found, _ = run(tiny_model, "gptq{bits=3 group=16}", batches((2, 16)), tmp_path)
+    assert len(coded(found)) > 0 and all(same_parts(found, wanted, site) for site in coded(found))
