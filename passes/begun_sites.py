@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -10,13 +11,17 @@ import torch
 from torch import Tensor
 
 from ir.analysis import LinearSite, sibling_sites
+from ir.ops.nm import gather_kept, kept_inputs
 from ir.ops.packing import unpack_bits
 from ir.ops.quant import QuantCodes
 from ir.program import Program
+from passes.base import OptionError, PlanRow
 from passes.gptq import Gptq
 from passes.moments import moments_of
 from passes.quantize.first_levels import Begin, first_levels
-from passes.sites import weights_of
+from passes.sites import mask_bytes, weights_of
+from passes.sparsify.masks import kept_group, mask_of, pattern_at
+from passes.sparsify.pattern import Pattern
 from passes.stream import Step
 from passes.trained_sites import TrainedSites
 from passes.training.trained_codes import Grid, TrainedCodes, trained_codes
@@ -38,18 +43,30 @@ def begun_sites(
     begin: as `first_levels` has it, or `gptq`; how: as `trained_codes` takes it; `seed` is that of the first linear.
     """
     if begin == "gptq":
-        return _swept(program, walked, sites, grids, **how)
+        return _swept(program, walked, sites, grids, by, **how)
     energies = _energies(walked, sites) if begin == "hessian" else {}
     weights, seed = [], how.pop("seed", 0)
-    for place, (site, grid) in enumerate(zip(sites, grids, strict=True)):
-        base = weights_of(program, [site], by).float()
-        scales, offsets = first_levels(base, grid, begin, energies.get(site.name))
-        weights.append(trained_codes(base, grid, scales, offsets, seed=seed + place, **how))
+    for place, (site, asked) in enumerate(zip(sites, grids, strict=True)):
+        base, mask = weights_of(program, [site], by).float(), mask_of(program, site)
+        grid = under_pattern(asked, None if mask is None else mask.pattern, by)
+        energy, seen = energies.get(site.name), base
+        if mask is not None:
+            seen = gather_kept(base, mask.kept)
+            energy = None if energy is None else gather_kept(energy.expand(base.shape), mask.kept)
+        levels = first_levels(seen, grid, begin, energy)
+        weights.append(trained_codes(base, grid, *levels, seed=seed + place, mask=mask, **how))
     return TrainedSites(tuple(sites), tuple(weights))
 
 
+def under_pattern(grid: Grid, pattern: Pattern | None, by: str) -> Grid:
+    """Return the grid of what a pattern keeps of a weight: as many inputs a group, levels around zero."""
+    if pattern is None:
+        return grid
+    return replace(grid, group=kept_group(grid.group, pattern, by), offset="none")
+
+
 def _swept(
-    program: Program, walked: Step, sites: Sequence[LinearSite], grids: Sequence[Grid], **how: Any
+    program: Program, walked: Step, sites: Sequence[LinearSite], grids: Sequence[Grid], by: str, **how: Any
 ) -> TrainedSites:
     """Return linears as they are trained on the levels that `gptq` finds on the compressed stream.
 
@@ -60,6 +77,9 @@ def _swept(
     seed, places = how.pop("seed", 0), {site.node.name: i for i, site in enumerate(sites)}
     for group, known in moments_of(walked, sibling_sites(sites), True, False):
         for site in group:
+            if mask_of(program, site) is not None:
+                why = f"{site.name} has a mask, and weights that a sweep met are those of dense ones"
+                raise OptionError(by, "begin", why, fix="begin with mse, or with hessian")
             place = places[site.node.name]
             grid, met = grids[place], torch.empty(site.rows, site.inputs, dtype=torch.float64)
             coder = Gptq(bits=grid.bits, group=grid.group, symmetric=grid.offset == "none", terms=grid.terms)
@@ -88,3 +108,18 @@ def _energies(walked: Step, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
 
     walked.observe_float({name: partial(add, total) for name, total in inputs.items()})
     return {site.name: inputs[str(site.node.args[0])] for site in sites}
+
+
+def planned_sites(program: Program, sites: Sequence[LinearSite], grids: Sequence[Grid], by: str) -> list[PlanRow]:
+    """Return the sites with the bits and bytes that their codes will take, masks included."""
+    rows = []
+    for site, grid in zip(sites, grids, strict=True):
+        pattern = pattern_at(program, site)
+        inputs = site.inputs if pattern is None else kept_inputs(site.inputs, pattern.n, pattern.m)
+        size = under_pattern(grid, pattern, by).stored_bytes(site.rows, inputs)
+        size += 0 if pattern is None else mask_bytes(site)
+        weights = site.rows * site.inputs
+        rows.append(
+            PlanRow(site.name, by, {"bits": 8 * size / weights, "bytes": float(size), "weights": float(weights)})
+        )
+    return rows

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import fx
 
-from ir.analysis import LinearSite, blocks
+from ir.analysis import blocks
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
-from passes.begun_sites import Start, begun_sites
+from passes.begun_sites import Start, begun_sites, planned_sites
 from passes.block_training import BlockCourse, trained_block
-from passes.sites import check_group, check_skip, choose_sites, outside_blocks, planned
+from passes.sites import check_group, check_skip, choose_sites, outside_blocks
 from passes.solved import put_solved
 from passes.stream import split_rows, walk
 from passes.trained_sites import Rates
@@ -49,6 +49,7 @@ class BlockAp(Pass):
     order_reason: ClassVar[str] = "it ends in codes, which later passes only tune"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     gives: ClassVar[frozenset[str]] = frozenset({"quant-weights"})
+    refuses: ClassVar[frozenset[str]] = frozenset()
     data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True)
     exact: ClassVar[bool] = False
 
@@ -63,11 +64,8 @@ class BlockAp(Pass):
         """Return the sites with the bits and bytes their codes will take."""
         sites = choose_sites(program, _nodes(program), self.skip, Context())
         check_group(sites, self.group, self.name)
-        return [PlanRow(s.name, self.name, planned(self, s, width_of(program, s, self.bits))) for s in sites]
-
-    def stored_bytes(self, site: LinearSite, bits: int) -> int:
-        """Return the bytes of a site's codes, scales and offsets at a width."""
-        return self._grid(bits).stored_bytes(site.rows, site.inputs)
+        grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
+        return planned_sites(program, sites, grids, self.name)
 
     def run(self, program: Program, ctx: Context) -> None:
         """Train block by block; finished blocks are kept in `ctx.work` and taken from there on a resumed run."""

@@ -13,9 +13,9 @@ from ir.errors import UnsupportedError
 from ir.products import products_in
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
-from passes.begun_sites import Start, begun_sites
+from passes.begun_sites import Start, begun_sites, planned_sites
 from passes.block_training import BlockCourse, trained_block
-from passes.sites import check_group, check_skip, choose_sites, outside_blocks, planned, weights_of
+from passes.sites import check_group, check_skip, choose_sites, outside_blocks, weights_of
 from passes.solved import put_solved
 from passes.stream import Step, split_rows, walk
 from passes.trained_sites import Rates, TrainedSites, all_rates
@@ -78,6 +78,7 @@ class L4q(Pass):
     stage: ClassVar[Stage] = Stage.QUANTIZE
     order_reason: ClassVar[str] = "it ends in codes, which later passes only tune"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    refuses: ClassVar[frozenset[str]] = frozenset()
     data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True)
     exact: ClassVar[bool] = False
 
@@ -101,11 +102,8 @@ class L4q(Pass):
         sites = self._all_sites(program, Context())
         if self.bits == FLOAT:
             return [PlanRow(site.name, "train an addition of low rank, and merge it") for site in sites]
-        return [PlanRow(s.name, self.name, planned(self, s, width_of(program, s, self.bits))) for s in sites]
-
-    def stored_bytes(self, site: LinearSite, bits: int) -> int:
-        """Return the bytes of a site's codes, scales and offsets at a width."""
-        return self._grid(bits).stored_bytes(site.rows, site.inputs)
+        grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
+        return planned_sites(program, sites, grids, self.name)
 
     def facts_after(self, facts: frozenset[str]) -> frozenset[str]:
         """Return the facts that hold after the pass."""

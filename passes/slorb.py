@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from passes.quantize.targets import Moments, corrected
 from passes.sites import check_skip, choose_sites, weights_of
 from passes.sparsify.branches import Branch, branch_of, put_branch
 from passes.sparsify.lowrank import beside, completed, group_means
-from passes.sparsify.masks import TRAINED, Mask, mask_of, pattern_at
+from passes.sparsify.masks import TRAINED, mask_of, pattern_at
 from passes.sparsify.sparsegpt import under_mask
 from passes.stream import walk
 
@@ -90,25 +91,24 @@ class Slorb(Pass):
             )
         check_skip(program, self.skip, self.name)
         for walked in walk(program, ctx, "both", self.name, ctx.original):
-            sites = self._masked(program, walked.block.nodes, ctx)
-            found, kept, why = load_block(ctx.work, walked.block.index), dict[str, Tensor](), dict[str, object]()
-            for group, moments in moments_of(walked, sibling_sites(sites), True, False):
+            groups = sibling_sites(self._masked(program, walked.block.nodes, ctx))
+            found = load_block(ctx.work, walked.block.index)
+            if found is not None:
+                for site in (site for group in groups for site in group):
+                    self._put(program, site, *self._restored(found, site.node.name), ctx)
+                continue
+            kept, facts = dict[str, Tensor](), dict[str, object]()
+            for group, moments in moments_of(walked, groups, True, False):
                 for site in group:
-                    stem, mask = site.node.name, mask_of(program, site)
-                    assert mask is not None
-                    if found is None:
-                        weight, branch, why[stem] = self._fit(program, ctx.original, site, mask, moments)
-                        kept |= {f"{stem}/weight": weight, f"{stem}/up": branch.up}
-                        if isinstance(branch.down, Tensor):
-                            kept[f"{stem}/down"] = branch.down
-                    else:
-                        weight, branch = found[0][f"{stem}/weight"], self._restored(found[0], stem)
-                        why[stem] = found[1][stem]
-                    if why[stem]:
-                        ctx.log.skip(site.name, str(why[stem]))
-                    self._put(program, ctx.original, site, weight, branch, moments, ctx)
-            if found is None:
-                save_block(ctx.work, walked.block.index, kept, why)
+                    stem, fitted = site.node.name, self._fit(program, ctx.original, site, moments)
+                    figures = self._figures(program, ctx.original, site, fitted, moments)
+                    branch = fitted.branch
+                    kept |= {f"{stem}/weight": fitted.weight, f"{stem}/up": branch.up}
+                    if isinstance(branch.down, Tensor):
+                        kept[f"{stem}/down"] = branch.down
+                    facts[stem] = {"fallback": fitted.fallback, "figures": figures}
+                    self._put(program, site, fitted, figures, ctx)
+            save_block(ctx.work, walked.block.index, kept, facts)
 
     def _masked(self, program: Program, nodes: tuple[torch.fx.Node, ...], ctx: Context) -> list[LinearSite]:
         """Return the sites that get a branch; those that could not are recorded."""
@@ -122,10 +122,10 @@ class Slorb(Pass):
                 found.append(site)
         return found
 
-    def _fit(
-        self, program: Program, original: Program, site: LinearSite, mask: Mask, moments: Moments
-    ) -> tuple[Tensor, Branch, str]:
-        """Return a site's weight beside its branch, in its dtype, the branch, and why it was not refitted, if so."""
+    def _fit(self, program: Program, original: Program, site: LinearSite, moments: Moments) -> _Fitted:
+        """Return a site's branch, and its weight beside that, in its dtype."""
+        mask = mask_of(program, site)
+        assert mask is not None
         whole, dtype = weights_of(original, [site], self.name), program.params.type_of(site.weight).dtype
         gram, kept = moments.gram, mask.kept
         seen = bool(gram.matrix.diagonal().any())
@@ -138,7 +138,7 @@ class Slorb(Pass):
             up = group_means(target, kept, self.k, self.start == "dropped")
             branch = Branch(up.to(dtype), self.k)
         if self.start == "mean" and not self.refit:
-            return program.params.get(site.weight), branch, ""
+            return _Fitted(program.params.get(site.weight), branch, "")
         rest, why = beside(target, kept, branch.weight.double()), ""
         if not seen:
             why = f"its inputs were zero for all {gram.tokens} tokens, so its branch is fitted without them"
@@ -148,28 +148,41 @@ class Slorb(Pass):
                 rest = under_mask(left, gram.matrix, kept, self.damp, tokens=gram.tokens, site=site.name)
             except UnsupportedError as error:
                 why = f"{error.what} ({error.why}), so kept weights only give way to the branch"
-        return torch.where(kept, rest, 0.0).to(dtype), branch, why
+        return _Fitted(torch.where(kept, rest, 0.0).to(dtype), branch, why)
 
-    def _restored(self, tensors: dict[str, Tensor], stem: str) -> Branch:
-        return Branch(tensors[f"{stem}/up"], tensors.get(f"{stem}/down", self.k))
+    def _restored(
+        self, found: tuple[dict[str, Tensor], dict[str, Any]], stem: str
+    ) -> tuple[_Fitted, Mapping[str, float]]:
+        tensors, facts = found
+        branch = Branch(tensors[f"{stem}/up"], tensors.get(f"{stem}/down", self.k))
+        return _Fitted(tensors[f"{stem}/weight"], branch, facts[stem]["fallback"]), facts[stem]["figures"]
 
-    def _put(
-        self,
-        program: Program,
-        original: Program,
-        site: LinearSite,
-        weight: Tensor,
-        branch: Branch,
-        moments: Moments,
-        ctx: Context,
-    ) -> None:
-        whole, gram = original.params.get(site.weight).double(), moments.gram
+    def _figures(
+        self, program: Program, original: Program, site: LinearSite, fitted: _Fitted, moments: Moments
+    ) -> dict[str, float]:
+        """Return the error of the outputs before and after, and how many numbers the branch has."""
+        whole, gram, branch = original.params.get(site.weight).double(), moments.gram, fitted.branch
         before, after = (
             relative_loss(row_energy(whole - w.double(), gram), row_energy(whole, gram))
-            for w in (program.params.get(site.weight), weight.double() + branch.weight.double())
+            for w in (program.params.get(site.weight), fitted.weight.double() + branch.weight.double())
         )
-        program.params.put(site.weight, weight, self.name)
-        put_branch(program, site, branch, self.name)
         size = branch.up.numel() + (branch.down.numel() if isinstance(branch.down, Tensor) else 0)
-        figures = {"rel_error_before": before**0.5, "rel_error": after**0.5}
-        ctx.log.report(site=site.name, numbers=float(size), **figures)
+        return {"numbers": float(size), "rel_error_before": before**0.5, "rel_error": after**0.5}
+
+    def _put(
+        self, program: Program, site: LinearSite, fitted: _Fitted, figures: Mapping[str, float], ctx: Context
+    ) -> None:
+        if fitted.fallback:
+            ctx.log.skip(site.name, fitted.fallback)
+        program.params.put(site.weight, fitted.weight, self.name)
+        put_branch(program, site, fitted.branch, self.name)
+        ctx.log.report(site=site.name, **figures)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """A branch, the weight beside it, and why that was not refitted, or nothing."""
+
+    weight: Tensor
+    branch: Branch
+    fallback: str

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -102,21 +102,26 @@ class Sparse(Pass):
         if needed is None:
             step = ctx.log.progress(len(sites), self.name)
             for site in sites:
-                self._put(program, site, self._cut(program, site, None), None, ctx)
+                cut = self._cut(program, site, None)
+                self._put(program, site, cut, self._figures(program, site, cut, None), ctx)
                 step()
             return
         for walked in walk(program, ctx, needed.stream, self.name):
             own = self._sites(program, walked.block.nodes, Context())
-            found, kept, why = load_block(ctx.work, walked.block.index), dict[str, Tensor](), dict[str, object]()
+            found = load_block(ctx.work, walked.block.index)
+            if found is not None:
+                for site in (site for group in sibling_sites(own) for site in group):
+                    self._put(program, site, *_restored(found, site.node.name), ctx)
+                continue
+            kept, facts = dict[str, Tensor](), dict[str, object]()
             for group, seen in observed(walked, sibling_sites(own), self._both, self.method == "dsnot"):
                 for site in group:
-                    stem = site.node.name
-                    cut = self._cut(program, site, seen) if found is None else _restored(found, stem)
+                    stem, cut = site.node.name, self._cut(program, site, seen)
+                    figures = self._figures(program, site, cut, seen.moments.gram)
                     kept |= {f"{stem}/weight": cut.weight, f"{stem}/mask": cut.mask}
-                    why[stem] = cut.fallback
-                    self._put(program, site, cut, seen.moments.gram, ctx)
-            if found is None:
-                save_block(ctx.work, walked.block.index, kept, why)
+                    facts[stem] = {"fallback": cut.fallback, "figures": figures}
+                    self._put(program, site, cut, figures, ctx)
+            save_block(ctx.work, walked.block.index, kept, facts)
 
     def _sites(self, program: Program, nodes: Sequence[torch.fx.Node], ctx: Context) -> list[LinearSite]:
         """Return the sites whose inputs the pattern divides; the others are recorded."""
@@ -151,14 +156,17 @@ class Sparse(Pass):
                 fallback = f"{error.what} ({error.why}), so weights stay by their size times their inputs'"
         return _Cut(torch.where(mask, weight, 0.0).to(dtype), mask, fallback)
 
-    def _put(self, program: Program, site: LinearSite, cut: _Cut, gram: Gram | None, ctx: Context) -> None:
+    def _figures(self, program: Program, site: LinearSite, cut: _Cut, gram: Gram | None) -> dict[str, float]:
         whole = program.params.get(site.weight).double()
         lost = relative_loss(row_energy(whole - cut.weight.double(), gram), row_energy(whole, gram))
+        return {"kept_energy": kept_share(whole, cut.mask), "rel_error": lost**0.5}
+
+    def _put(self, program: Program, site: LinearSite, cut: _Cut, figures: Mapping[str, float], ctx: Context) -> None:
         program.params.put(site.weight, cut.weight, self.name)
         put_mask(program, site, Mask(cut.mask, pattern_of(self.pattern)), self.name)
         if cut.fallback:
             ctx.log.skip(site.name, cut.fallback)
-        ctx.log.report(site=site.name, kept_energy=kept_share(whole, cut.mask), rel_error=lost**0.5)
+        ctx.log.report(site=site.name, **figures)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +178,7 @@ class _Cut:
     fallback: str
 
 
-def _restored(found: tuple[dict[str, Tensor], dict[str, object]], stem: str) -> _Cut:
-    tensors, why = found
-    return _Cut(tensors[f"{stem}/weight"], tensors[f"{stem}/mask"], str(why[stem]))
+def _restored(found: tuple[dict[str, Tensor], dict[str, Any]], stem: str) -> tuple[_Cut, Mapping[str, float]]:
+    tensors, facts = found
+    cut = _Cut(tensors[f"{stem}/weight"], tensors[f"{stem}/mask"], facts[stem]["fallback"])
+    return cut, facts[stem]["figures"]

@@ -14,6 +14,7 @@ from ir.decode import codes_of, is_coded
 from ir.errors import UnsupportedError
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
+from ir.ops.sparse import SparseCodes
 from ir.program import Program, is_call
 from ir.verify import verify
 from passes.base import Log, OptionError
@@ -316,3 +317,30 @@ def test_seeds_draw_other_additions(tiny_model: Program) -> None:
     levels = first_levels(weight, grid, "l4q")
     a, b, again = (TrainedCodes(weight, grid, *levels, 4, seed=s).start()["down"] for s in (0, 1, 0))
     assert not torch.equal(a, b) and torch.equal(a, again)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["bits=3", "bits=3 terms=1", "bits=2 domain=code", "bits=3 begin=hessian", "bits=3 warm=1 warm_rate=1e-3"],
+)
+def test_masks_are_kept(tiny_model: Program, options: str) -> None:
+    before, _ = run(tiny_model, "sparse{method=wanda}")
+    found, log = run(tiny_model, f"sparse{{method=wanda}},l4q{{{options} {QUICK}}}")
+    verify(found, full=True)
+    start, after = losses_of(log)
+    assert after < start and distance(found, tiny_model) == pytest.approx(after, rel=1e-6)
+    for site in SITES:
+        ours, theirs = (codes_of(coded(p)[site], p.params.get) for p in (found, before))
+        assert isinstance(ours, SparseCodes) and isinstance(theirs, SparseCodes)
+        assert not isinstance(ours.kept, Tensor) and torch.equal(ours.mask, theirs.mask)
+    (pass_,) = parse(f"l4q{{{options} {QUICK}}}").passes()
+    masked = tiny_model.clone()
+    for pipeline in parse("sparse").passes():
+        pipeline.foresee(masked)
+    planned = {row.site: row.figures["bytes"] for row in pass_.plan(masked)}
+    assert planned == {s: codes_of(n, found.params.get).stored_bits // 8 for s, n in coded(found).items()}
+
+
+def test_under_masks_it_does_not_begin_at_a_sweep(tiny_model: Program) -> None:
+    with pytest.raises(OptionError, match="begin"):
+        run(tiny_model, "sparse,l4q{bits=3 group=16 begin=gptq}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
+from ir.ops.nm import gather_kept, scatter_kept
 from ir.products import products_in
 
 Domain = Literal["weight", "code"]
@@ -21,13 +22,25 @@ class Merged:
     """What is rounded: base + factor * up @ down, by groups of inputs to codes 0 to `top`.
 
     domain: `weight` takes the sum for the weight; `code` for its place among the levels, so that codes do not depend on
-    the scales (LR-QAT, 2406.06385, eq. 5).
+    the scales (LR-QAT, 2406.06385, eq. 5). kept: bool [N, K], as many inputs in every row, where only these are rounded
+    and the others are zero; groups are of kept ones then, and K below counts them where codes are meant.
     """
 
     group: int
     top: int
     factor: float
     domain: Domain = "weight"
+    kept: Tensor | None = None
+
+    def gathered(self, whole: Tensor) -> Tensor:
+        """Return what is kept of [N, K], by groups [N, G, group]."""
+        parts: Tensor = (whole if self.kept is None else gather_kept(whole, self.kept)).unflatten(1, (-1, self.group))
+        return parts
+
+    def spread(self, parts: Tensor) -> Tensor:
+        """Return groups in their places, [N, K], with zeros elsewhere."""
+        flat = parts.flatten(1)
+        return flat if self.kept is None else scatter_kept(flat, self.kept)
 
     def places(
         self, base: Tensor, down: Tensor | None, up: Tensor | None, scales: Tensor, centers: Tensor, offsets: Tensor
@@ -40,7 +53,7 @@ class Merged:
         """
         with products_in("float32"):
             whole = base if down is None or up is None else torch.addmm(base, up, down, alpha=self.factor)
-        parts: Tensor = whole.unflatten(1, (-1, self.group))
+        parts = self.gathered(whole)
         if self.domain == "code":
             return parts
         # A scale that was too small to be stored has one level.
@@ -53,13 +66,13 @@ class Merged:
 
 
 def levels(codes: Tensor, scales: Tensor, centers: Tensor, offsets: Tensor, wide: bool) -> Tensor:
-    """Return the weight [N, K] of codes [N, G, group], rounded once to the scales' dtype.
+    """Return what codes [N, G, group] stand for, rounded once to the scales' dtype.
 
     wide: the product of a scale and a code is not exact there, and is taken in float64.
     """
     dtype = torch.float64 if wide else scales.dtype
     parts = codes.to(dtype).sub_(centers.to(dtype)[..., None]).mul_(scales.to(dtype)[..., None])
-    return parts.add_(offsets.to(dtype)[..., None]).flatten(1).to(scales.dtype)
+    return parts.add_(offsets.to(dtype)[..., None]).to(scales.dtype)
 
 
 class RoundedLinear(Function):
@@ -88,16 +101,17 @@ class RoundedLinear(Function):
     ) -> Tensor:
         ctx.merged, ctx.codes, ctx.wide, ctx.has_bias = merged, codes, wide, bias is not None
         ctx.save_for_backward(x, base, down, up, scales, centers, offsets)
-        return functional.linear(x, levels(codes(), scales, centers, offsets, wide), bias)
+        return functional.linear(x, merged.spread(levels(codes(), scales, centers, offsets, wide)), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, base, down, up, scales, centers, offsets = ctx.saved_tensors
         merged: Merged = ctx.merged
         codes, rows = ctx.codes(), grads[0].flatten(0, -2)
-        into_x = grads[0] @ levels(codes, scales, centers, offsets, ctx.wide) if ctx.needs_input_grad[0] else None
+        weight = merged.spread(levels(codes, scales, centers, offsets, ctx.wide))
+        into_x = grads[0] @ weight if ctx.needs_input_grad[0] else None
         into_bias = rows.sum(0) if ctx.has_bias else None
-        slope = (rows.T @ x.flatten(0, -2)).unflatten(1, (-1, merged.group))
+        slope = merged.gathered(rows.T @ x.flatten(0, -2))
         places = merged.places(base, down, up, scales, centers, offsets)
         outside = (places < 0) | (places > merged.top)
         worth = codes.to(slope.dtype).sub_(centers[..., None])
@@ -109,7 +123,7 @@ class RoundedLinear(Function):
         into_base = slope.masked_fill_(outside, 0.0)
         if merged.domain == "code":
             into_base *= scales[..., None]
-        into_base = into_base.flatten(1)
+        into_base = merged.spread(into_base)
         into_down = merged.factor * up.T @ into_base if up is not None else None
         into_up = merged.factor * into_base @ down.T if down is not None else None
         needed = into_base if ctx.needs_input_grad[1] else None

@@ -10,14 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ir.ops.codes import group_count, part_types
+from ir.ops.codes import part_types
+from ir.ops.nm import pack_mask
 from ir.ops.packing import pack_bits, unpack_bits
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes, decode_offsets, decode_scales, encode, encode_uniform, rescaled
+from ir.ops.sparse import SparseCodes
 from passes.quantize.uniform import packed_bytes
+from passes.sparsify.masks import Mask
 from passes.training.rounded import Domain, Merged, RoundedLinear, levels
 
 Offset = Literal["none", "zero", "float"]
+Stored = QuantCodes | ShiftCodes | SparseCodes
 # Parts of a weight's state.
 SCALES, OFFSETS, DOWN, UP, BASE = "scales", "offsets", "down", "up", "base"
 # Of scales that float16 holds.
@@ -80,7 +84,8 @@ class TrainedCodes:
     base: float32 [N, K], in units of steps of the scales at the start where the domain is `code`; scales: [N, G] at the
     start, positive; offsets: likewise, zero points or floats, None for a grid without; rank, factor: of the addition
     factor * up @ down, rank 0 for none; whole: the base itself is trained; relative: scales move by factors of their
-    start, otherwise by differences; seed: of the addition's start.
+    start, otherwise by differences; seed: of the addition's start; mask: the inputs that each row keeps, whose groups
+    the grid then speaks of, around zero; the others are zero.
     """
 
     base: Tensor
@@ -93,6 +98,7 @@ class TrainedCodes:
     whole: bool = False
     relative: bool = True
     seed: int = 0
+    mask: Mask | None = None
     _kept: _Kept = field(default_factory=_Kept)
 
     @property
@@ -114,10 +120,18 @@ class TrainedCodes:
         """Return the weight under a state, to multiply by."""
         return Bound(self, state, *self._levels(state))
 
-    def stored(self, state: Mapping[str, Tensor]) -> QuantCodes | ShiftCodes:
+    def stored(self, state: Mapping[str, Tensor]) -> Stored:
         """Return the weight under a state as it is stored: the codes that `Bound.linear` multiplies by."""
+        found = self._coded(state)
+        if self.mask is None:
+            return found
+        n, m = self.mask.pattern.n, self.mask.pattern.m
+        return SparseCodes(found, pack_mask(self.mask.kept, n, m), n, m, self.base.shape[1])
+
+    def _coded(self, state: Mapping[str, Tensor]) -> QuantCodes | ShiftCodes:
+        """Return the codes of all weights, or of those that the mask keeps."""
         with torch.no_grad():
-            grid, shape = self.grid, self.base.shape
+            grid = self.grid
             scales, centers, offsets = self._levels(state)
             codes = self.codes(state, scales, centers, offsets).flatten(1)
             zeros = centers.to(torch.uint8) if grid.offset == "zero" else None
@@ -127,7 +141,7 @@ class TrainedCodes:
             if grid.terms:
                 return encode_uniform(codes, scales, zeros, grid.bits, grid.group, grid.terms)
             packed = None if zeros is None else pack_bits(zeros, grid.bits)
-            return QuantCodes(pack_bits(codes, grid.bits), scales.half(), packed, grid.bits, grid.group, shape[1])
+            return QuantCodes(pack_bits(codes, grid.bits), scales.half(), packed, grid.bits, grid.group, codes.shape[1])
 
     def settled(self, state: Mapping[str, Tensor], **how: Any) -> TrainedCodes:
         """Return the weight under a state, not rounded, and its levels as the start of other training.
@@ -140,7 +154,7 @@ class TrainedCodes:
             whole = base if down is None or up is None else torch.addmm(base, up, down, alpha=self.factor)
             at = {"none": None, "zero": centers, "float": offsets}[self.grid.offset]
         assert self.domain == "weight"
-        return trained_codes(whole, self.grid, scales, at, **how)
+        return trained_codes(whole, self.grid, scales, at, mask=self.mask, **how)
 
     def codes(self, state: Mapping[str, Tensor], scales: Tensor, centers: Tensor, offsets: Tensor) -> Tensor:
         """Return the codes [N, G, group] under a state, found once until one of its tensors changes."""
@@ -160,7 +174,8 @@ class TrainedCodes:
     @property
     def merged(self) -> Merged:
         """How base and addition are put together and rounded."""
-        return Merged(self.grid.group, self.grid.top, self.factor, self.domain)
+        kept = None if self.mask is None else self.mask.kept
+        return Merged(self.grid.group, self.grid.top, self.factor, self.domain, kept)
 
     def _parts(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return state.get(BASE, self.base), state.get(DOWN), state.get(UP)
@@ -184,8 +199,7 @@ class TrainedCodes:
         grid, dtype = self.grid, scales.dtype
         if grid.terms == 0:
             return scales.clamp(_TINY, _MOST).half().to(dtype), offsets.clamp(-_MOST, _MOST).half().to(dtype)
-        rows, inputs = self.base.shape
-        assert group_count(inputs, grid.group) == scales.shape[1]
+        rows, inputs = self.base.shape[0], scales.shape[1] * grid.group
         signs = torch.empty(grid.bits, rows, 0, dtype=torch.uint8)
         shell = ShiftCodes(signs, signs, None, None, grid.group, grid.terms, inputs, code="steps")
         found = rescaled(shell, scales[..., None], offsets if grid.offset == "float" else None)
@@ -213,29 +227,24 @@ class Bound:
 
     def dense(self) -> Tensor:
         """Return the weight [N, K]."""
-        return levels(self._codes(), self.scales, self.centers, self.offsets, self.weight.grid.wide)
+        parts = levels(self._codes(), self.scales, self.centers, self.offsets, self.weight.grid.wide)
+        return self.weight.merged.spread(parts)
 
     def _codes(self) -> Tensor:
         return self.weight.codes(self.state, self.scales, self.centers, self.offsets)
 
 
 def trained_codes(
-    weight: Tensor,
-    grid: Grid,
-    scales: Tensor,
-    offsets: Tensor | None,
-    rank: int = 0,
-    factor: float = 1.0,
-    domain: Domain = "weight",
-    whole: bool = False,
-    relative: bool = True,
-    seed: int = 0,
+    weight: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None, domain: Domain = "weight", **how: Any
 ) -> TrainedCodes:
-    """Return a weight [N, K] with its levels at the start, as it is trained in a domain; see `TrainedCodes`."""
-    found = TrainedCodes(weight, grid, scales, offsets, rank, factor, "weight", whole, relative, seed)
+    """Return a weight [N, K] with its levels at the start, as it is trained in a domain.
+
+    how: the other fields of `TrainedCodes`.
+    """
+    found = TrainedCodes(weight, grid, scales, offsets, **how)
     if domain == "weight":
         return found
-    places = found.merged.places(weight, None, None, *found._levels({})).flatten(1)
+    places = found.merged.spread(found.merged.places(weight, None, None, *found._levels({})))
     return replace(found, base=places, domain=domain)
 
 
@@ -250,14 +259,17 @@ def _straight(value: Tensor, stored: Tensor) -> Tensor:
     return value + (stored - value).detach()
 
 
-def flipped(before: QuantCodes | ShiftCodes, after: QuantCodes | ShiftCodes) -> float:
+def flipped(before: Stored, after: Stored) -> float:
     """Return the share of a weight's codes that differ."""
     a, b = (_integers(codes) for codes in (before, after))
     return float((a != b).float().mean())
 
 
-def _integers(codes: QuantCodes | ShiftCodes) -> Tensor:
+def _integers(codes: Stored | Tensor) -> Tensor:
+    if isinstance(codes, SparseCodes):
+        return _integers(codes.kept)
     if isinstance(codes, QuantCodes):
         return unpack_bits(codes.codes, codes.bits, codes.in_features)
+    assert isinstance(codes, ShiftCodes)
     planes = [unpack_bits(plane, 1, codes.in_features) for plane in codes.signs]
     return torch.stack([plane << i for i, plane in enumerate(planes)]).sum(0)
