@@ -15,7 +15,7 @@ from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.begun_sites import Start, begun_sites, planned_sites
 from passes.block_training import BlockCourse, trained_block
-from passes.sites import check_group, check_skip, choose_sites, outside_blocks, weights_of
+from passes.sites import check_group, check_patterns, check_skip, choose_sites, outside_blocks, weights_of
 from passes.solved import put_solved
 from passes.stream import Step, split_rows, walk
 from passes.trained_sites import Rates, TrainedSites, all_rates
@@ -37,7 +37,8 @@ _WARM_END = 0.05
 class L4q(Pass):
     """Train low-rank additions to weights and the scales that the sums are rounded by, end to end.
 
-    Source: L4Q (2402.04902); `domain=code` as in LR-QAT (2406.06385); without rounding it is LoRA (2106.09685).
+    Source: L4Q (2402.04902); `domain=code` as in LR-QAT (2406.06385), `rank=0 whole` as in LSQ (1902.08153), and with
+    values and outputs of attention frozen KD-QAT (2403.18159); without rounding it is LoRA (2106.09685).
     """
 
     bits: int = field(
@@ -58,7 +59,11 @@ class L4q(Pass):
     )
     begin: Start = field(default="mse", metadata={"help": "the levels at the start; gptq: and the weights"})
     warm: int = field(default=0, metadata={"help": "epochs of whole weights before that, block by block as by blockap"})
-    warm_rate: float = field(default=1e-4, metadata={"help": "learning rate of whole weights there"})
+    whole: bool = field(default=False, metadata={"help": "train whole weights end to end as well (rank=0 whole: LSQ)"})
+    weight_rate: float = field(default=1e-4, metadata={"help": "learning rate of whole weights"})
+    frozen: tuple[str, ...] = field(
+        default=(), metadata={"help": "sites of which scales alone are trained end to end, `*` stands for any text"}
+    )
     loss: WholeLoss = field(default="kl", metadata={"help": "towards the float model's predictions, or the text"})
     epochs: int = field(default=1, metadata={"help": "times every sample is trained on"})
     batch: int = field(default=1, metadata={"help": "samples a step"})
@@ -88,10 +93,11 @@ class L4q(Pass):
             raise OptionError(self.name, "bits", f"{self.bits} is neither 2..8 nor {FLOAT}")
         if self.bits == FLOAT and not self.rank:
             raise OptionError(self.name, "rank", "without rounding and addition there is nothing to train")
-        if self.bits == FLOAT and self.warm:
-            raise OptionError(self.name, "warm", "without rounding there is nothing to train blocks for")
+        for option in ("warm", "whole"):
+            if self.bits == FLOAT and getattr(self, option):
+                raise OptionError(self.name, option, "without rounding additions alone are trained")
         counts = [(name, 0, 10**6) for name in ("epochs", "warm", "rank")]
-        shares = [(name, 0, 1) for name in ("rate", "warm_rate", "scale_rate", "last_rate", "warmup")]
+        shares = [(name, 0, 1) for name in ("rate", "weight_rate", "scale_rate", "last_rate", "warmup")]
         others = (("group", 1, 1 << 20), ("terms", 0, 3), ("batch", 1, 10**6))
         for option, low, high in (*counts, *shares, *others):
             if not low <= getattr(self, option) <= high:
@@ -137,7 +143,7 @@ class L4q(Pass):
         for walked in walk(program, ctx, "both" if both else "float", label, ctx.original):
             parts.append(self._part(program, walked, replace(ctx, work=_within(ctx.work, "blocks"))))
             if walked.block.index == len(blocks(program)) - 1:
-                rates = all_rates(parts, Rates(self.scale_rate, self.rate))
+                rates = all_rates(parts, Rates(self.scale_rate, self.rate, self.weight_rate), self.frozen)
                 problem = whole_problem(program, parts, walked, rates, self.loss, ctx, self.recompute)
         return parts, problem
 
@@ -160,20 +166,21 @@ class L4q(Pass):
             return TrainedSites(tuple(sites), tuple(added))
         grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
         addition = {"rank": self.rank, "factor": self.factor, "domain": self.domain}
-        how: dict[str, Any] = {**addition, "relative": self.relative, "seed": seed}
+        how: dict[str, Any] = {**addition, "whole": self.whole, "relative": self.relative, "seed": seed}
         if not self.warm:
             found = begun_sites(program, walked, sites, grids, self.begin, self.name, **how)
             if self.begin == "gptq":
                 found.round_in(program, found.start(), self.name)
             return found
         whole = begun_sites(program, walked, sites, grids, self.begin, self.name, whole=True, relative=self.relative)
-        course = BlockCourse(self.warm, Rates(self.scale_rate, whole=self.warm_rate), _WARM_END, "token")
+        course = BlockCourse(self.warm, Rates(self.scale_rate, whole=self.weight_rate), _WARM_END, "token")
         state = trained_block(whole, walked, course, ctx)
         whole.round_in(program, state, self.name)
         return whole.settled(state, **how)
 
     def _all_sites(self, program: Program, ctx: Context) -> list[LinearSite]:
         sites = choose_sites(program, _nodes(program), self.skip, ctx)
+        check_patterns([site.name for site in sites], self.frozen, self.name)
         if self.bits != FLOAT:
             check_group(sites, self.group, self.name)
         for site in sites:

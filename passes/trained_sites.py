@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ir.analysis import LinearSite
+from ir.analysis import LinearSite, matches
 from ir.program import Program
 from passes.base import Context
 from passes.sites import figures
@@ -58,9 +58,15 @@ class TrainedSites:
         """Return the state under which each weight is its base, rounded."""
         return {f"{site.weight}/{part}": t for site, w in self._pairs() for part, t in w.start().items()}
 
-    def rates(self, rates: Rates) -> dict[str, float]:
-        """Return the learning rate of each part of the state."""
-        return {name: rates.of(name.rpartition("/")[2]) for name in self.start()}
+    def rates(self, rates: Rates, frozen: Sequence[str] = ()) -> dict[str, float]:
+        """Return the learning rate of each part of the state; frozen: patterns of sites whose scales alone move."""
+        found = {}
+        for site, weight in self._pairs():
+            still = any(matches(pattern, site.name) for pattern in frozen)
+            for part in weight.start():
+                kept = still and part not in (SCALES, OFFSETS)
+                found[f"{site.weight}/{part}"] = 0.0 if kept else rates.of(part)
+        return found
 
     def params(self, state: Mapping[str, Tensor]) -> dict[str, Bound | Added]:
         """Return the weights under a state."""
@@ -112,9 +118,9 @@ def state_of(state: Mapping[str, Tensor], site: LinearSite) -> dict[str, Tensor]
     return {part: state[name] for part, name in names if name in state}
 
 
-def all_rates(parts: Sequence[TrainedSites], rates: Rates) -> dict[str, float]:
+def all_rates(parts: Sequence[TrainedSites], rates: Rates, frozen: Sequence[str] = ()) -> dict[str, float]:
     """Return the learning rate of each part of the state of several blocks."""
-    return {name: rate for part in parts for name, rate in part.rates(rates).items()}
+    return {name: rate for part in parts for name, rate in part.rates(rates, frozen).items()}
 
 
 def _relative(weight: Tensor, found: Tensor) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ir.analysis import blocks
 from ir.decode import codes_of, is_coded
-from ir.errors import UnsupportedError
+from ir.errors import UnsupportedError, UsageError
 from ir.ops.quant import QuantCodes
 from ir.ops.shiftcode import ShiftCodes
 from ir.ops.sparse import SparseCodes
@@ -42,10 +42,11 @@ FORMS = {
     "powers of two, offsets": "bits=2 offset=float terms=3",
     "in codes": "bits=2 domain=code",
     "scales alone": "bits=2 rank=0",
-    "warmed": "bits=2 warm=1 warm_rate=1e-3",
-    "warmed, in codes": "bits=2 warm=1 warm_rate=1e-3 domain=code offset=float",
+    "warmed": "bits=2 warm=1 weight_rate=1e-3",
+    "warmed, in codes": "bits=2 warm=1 weight_rate=1e-3 domain=code offset=float",
     "from gptq": "bits=2 begin=gptq rate=1e-4 scale_rate=3e-4",
-    "from gptq, warmed": "bits=2 begin=gptq warm=1 offset=none warm_rate=1e-3",
+    "from gptq, warmed": "bits=2 begin=gptq warm=1 offset=none weight_rate=1e-3",
+    "whole weights": "bits=2 rank=0 whole weight_rate=1e-3",
     "absolute": "bits=2 relative=false scale_rate=1e-5",
 }
 
@@ -109,10 +110,10 @@ def test_it_starts_as_rounding_to_nearest_and_ends_closer(tiny_model: Program) -
 def test_whole_weights_trained_in_blocks_first_come_closer_still(tiny_model: Program) -> None:
     start, _ = run(tiny_model, "l4q{bits=2 group=16 epochs=0}")
     blocks_only, log = run(tiny_model, "blockap{bits=2 group=16 rate=1e-3 epochs=4}")
-    same, _ = run(tiny_model, "l4q{bits=2 group=16 epochs=0 warm=4 warm_rate=1e-3 rank=0}")
+    same, _ = run(tiny_model, "l4q{bits=2 group=16 epochs=0 warm=4 weight_rate=1e-3 rank=0}")
     # What l4q takes over are the codes that blockap would store.
     assert all(same_parts(blocks_only, same, site) for site in SITES)
-    both, _ = run(tiny_model, f"l4q{{bits=2 {QUICK} warm=4 warm_rate=1e-3}}")
+    both, _ = run(tiny_model, f"l4q{{bits=2 {QUICK} warm=4 weight_rate=1e-3}}")
     distances = [distance(p, tiny_model) for p in (both, blocks_only, start)]
     assert distances == sorted(distances)
     losses = [(r.figures["loss_before"], r.figures["loss_after"]) for r in log.reports if "loss_after" in r.figures]
@@ -141,7 +142,7 @@ def test_blocks_that_were_finished_are_taken_up(
 ) -> None:
     import passes.block_training as module
 
-    warm = "warm=2 warm_rate=1e-3 epochs=1" if name == "l4q" else "epochs=2 rate=1e-3"
+    warm = "warm=2 weight_rate=1e-3 epochs=1" if name == "l4q" else "epochs=2 rate=1e-3"
     text = f"{name}{{bits=2 group=16 {warm}}}"
     whole, log = run(tiny_model, text)
     plain, trained = module.block_problem, list[int]()
@@ -159,6 +160,17 @@ def test_blocks_that_were_finished_are_taken_up(
     assert trained == [0, 1, 1]
     assert all(same_parts(again, whole, site) for site in SITES)
     assert [r.figures for r in said.reports] == [r.figures for r in log.reports]
+
+
+def test_weights_of_frozen_sites_stay(tiny_model: Program) -> None:
+    frozen, others = [s for s in SITES if "v_proj" in s or "o_proj" in s], [s for s in SITES if "_proj" in s]
+    text = f"l4q{{bits=2 {QUICK} rank=0 whole weight_rate=1e-3 scale_rate=0 frozen=[*v_proj *o_proj]}}"
+    _, log = run(tiny_model, text)
+    flips = {r.site: r.figures["changed_codes"] for r in log.reports if "changed_codes" in r.figures}
+    assert frozen and all(flips[site] == 0 for site in frozen)
+    assert any(flips[site] > 0 for site in others) and losses_of(log)[1] < losses_of(log)[0]
+    with pytest.raises(UsageError, match="nowhere"):
+        run(tiny_model, "l4q{group=16 frozen=[nowhere]}")
 
 
 def test_text_is_learned_where_it_is_the_loss(tiny_model: Program) -> None:
@@ -255,7 +267,8 @@ def test_a_loss_that_is_not_finite_leaves_the_start(tiny_model: Program, monkeyp
     [
         ("bits=1", "neither 2..8 nor 16"),
         ("bits=16 rank=0", "nothing to train"),
-        ("bits=16 warm=1", "nothing to train"),
+        ("bits=16 warm=1", "additions alone"),
+        ("bits=16 whole", "additions alone"),
         ("rank=-1", "outside"),
         ("terms=4", "outside"),
         ("batch=0", "outside"),
@@ -321,7 +334,7 @@ def test_seeds_draw_other_additions(tiny_model: Program) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    ["bits=3", "bits=3 terms=1", "bits=2 domain=code", "bits=3 begin=hessian", "bits=3 warm=1 warm_rate=1e-3"],
+    ["bits=3", "bits=3 terms=1", "bits=2 domain=code", "bits=3 begin=hessian", "bits=3 warm=1 weight_rate=1e-3"],
 )
 def test_masks_are_kept(tiny_model: Program, options: str) -> None:
     before, _ = run(tiny_model, "sparse{method=wanda}")
