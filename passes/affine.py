@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from passes.equiv.heads import HeadChannels, ValueHeads, value_heads
 from passes.equiv.operands import write_operand
 from passes.equiv.producers import bias_of
 from passes.quantize.clipping import clipped
-from passes.stream import Step, split_rows, walk
+from passes.stream import Step, by_rows, walk
 from passes.training.events import block_name, report_outcome
 from passes.training.loop import Outcome, Problem, Recipe, train
 from passes.training.loss import token_loss
@@ -72,7 +72,7 @@ class Affine(Pass):
         for heads in found:
             if heads.sinks[0].node not in inside:
                 ctx.log.skip(site_name(heads.sinks[0].node), "it is in no repeated block")
-        rows = replace(ctx, calibration=split_rows(ctx, self.batch))
+        rows = by_rows(ctx, self.batch)
         for walked in walk(program, rows, "both", self.name):
             own = [heads for heads in found if _lies_in(heads, walked.block)]
             mark, known = ctx.log.mark(), load_block(ctx.work, walked.block.index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from passes.sparsify.branches import branch_params
 from passes.sparsify.masks import PACKED, TRAINED, Mask, foresee_masks, kept_group, mask_of, pattern_at, put_mask
 from passes.sparsify.pattern import DENSE, Pattern, nm_mask, pattern_of
 from passes.sparsify.scores import magnitude
-from passes.stream import Step, calibration, split_rows, walk
+from passes.stream import Step, by_rows, calibration, counted_in, walk
 from passes.training.events import report_outcome
 from passes.training.loop import Outcome, Problem, Recipe, split, train
 from passes.training.loss import distilled_loss
@@ -137,7 +137,7 @@ class Ast(Pass):
             check_group(sites, self.group, self.name)
         masks = {site.weight: self._mask(program, site) for site in sites}
         parts = [self._part(program, block) for block in blocks(program)]
-        rows = replace(ctx, calibration=split_rows(ctx, self.batch))
+        rows = by_rows(ctx, self.batch)
         for walked in walk(program, rows, "float", f"{self.name}, float model", ctx.original):
             if walked.block.index == len(parts) - 1:
                 problem = self._problem(program, sites, parts, masks, walked, rows)
@@ -196,7 +196,7 @@ class Ast(Pass):
             values = model.start(ids)
             logits = model.logits(model.exits([partial(part.params, state) for part in parts], values), values)
             wanted = teacher.logits(ids, batch) if self.teacher > 0 else logits
-            return distilled_loss(logits, wanted, ids, self.teacher, self.temperature)
+            return distilled_loss(logits, wanted, ids, self.teacher, self.temperature, counted_in(ctx, batch))
 
         def release() -> None:
             model.release()

@@ -161,6 +161,7 @@ class Context:
     """What a pass is handed beside the program.
 
     calibration: token ids, one i64[batch,seq] tensor a batch, or None where the pipeline needs no data.
+    counted: of each of these tokens, bool [batch,seq], whether losses of predictions count it; None for all.
     work: directory that outlives an interrupted run, for resuming, or None.
     strict: whether a site that a pass skips is an error.
     precision: of the matrix products that carry calibration; bfloat16 rounds their inputs and adds in float32.
@@ -180,6 +181,7 @@ class Context:
     following: tuple[Pass, ...] = ()
     original: Program | None = None
     activation_budget: int | None = None
+    counted: Sequence[torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

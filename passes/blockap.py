@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import fx
@@ -14,7 +14,7 @@ from passes.begun_sites import Start, begun_sites, planned_sites
 from passes.block_training import BlockCourse, trained_block
 from passes.sites import check_group, check_skip, choose_sites, outside_blocks
 from passes.solved import put_solved
-from passes.stream import split_rows, walk
+from passes.stream import by_rows, walk
 from passes.trained_sites import Rates
 from passes.training.problems import BlockLoss
 from passes.training.trained_codes import Grid, Offset
@@ -73,7 +73,7 @@ class BlockAp(Pass):
         check_group(choose_sites(program, _nodes(program), self.skip, ctx), self.group, self.name)
         outside_blocks(program, _nodes(program), self.skip, ctx)
         course = BlockCourse(self.epochs, Rates(self.scale_rate, whole=self.rate), self.last_rate, self.loss)
-        rows = replace(ctx, calibration=split_rows(ctx, self.batch))
+        rows = by_rows(ctx, self.batch)
         floats = program.clone()
         for walked in walk(program, rows, "both", self.name, ctx.original):
             sites = choose_sites(program, walked.block.nodes, self.skip, Context())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -21,7 +21,7 @@ from passes.quantize.trials import searched_trials
 from passes.quantize.uniform import packed, packed_bytes
 from passes.sites import check_group, check_skip, choose_sites, figures, outside_blocks, planned, weights_of
 from passes.solved import Solved, put_solved, restore_solved, save_solved
-from passes.stream import Step, split_rows, walk
+from passes.stream import Step, by_rows, walk
 from passes.training.events import block_name, report_outcome
 from passes.training.loop import Problem, Recipe, train
 from passes.training.loss import plain_loss, token_loss
@@ -92,7 +92,7 @@ class Cbq(Pass):
         outside_blocks(program, nodes, self.skip, ctx)
         sites = [choose_sites(program, block.nodes, self.skip, Context()) for block in parts]
         windows, carried = _windows(len(parts), self.window, self.stride), dict[str, Tensor]()
-        rows = replace(ctx, calibration=split_rows(ctx, self.batch))
+        rows = by_rows(ctx, self.batch)
         for walked in walk(program, rows, "both", self.name):
             window = windows.get(walked.block.index)
             if window is None:

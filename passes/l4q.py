@@ -17,7 +17,7 @@ from passes.begun_sites import Start, begun_sites, planned_sites
 from passes.block_training import BlockCourse, trained_block
 from passes.sites import check_group, check_patterns, check_skip, choose_sites, outside_blocks, weights_of
 from passes.solved import put_solved
-from passes.stream import Step, split_rows, walk
+from passes.stream import Step, by_rows, walk
 from passes.trained_sites import Rates, TrainedSites, all_rates
 from passes.training.events import report_outcome
 from passes.training.loop import Outcome, Problem, Recipe, split, train
@@ -121,7 +121,7 @@ class L4q(Pass):
         if not self._all_sites(program, ctx):
             raise UnsupportedError("there is no linear to train", where=program.name)
         outside_blocks(program, _nodes(program), self.skip, ctx)
-        rows, floats = replace(ctx, calibration=split_rows(ctx, self.batch)), program.clone()
+        rows, floats = by_rows(ctx, self.batch), program.clone()
         parts, outcome = self._trained(program, rows)
         report_outcome(ctx, program.name, outcome)
         figures = {"loss_before": outcome.before, "loss_after": outcome.after, "epochs": float(outcome.epochs)}

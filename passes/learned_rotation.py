@@ -19,7 +19,7 @@ from passes.equiv.producers import bias_of
 from passes.equiv.turns import Mix, cayley, turned_bias, turned_weight
 from passes.kv import Kv
 from passes.rotation import RotationPlan, write_rotation
-from passes.stream import Step, calibration, split_rows, walk
+from passes.stream import Step, by_rows, calibration, counted_in, walk
 from passes.training.events import report_outcome
 from passes.training.loop import Problem, Recipe, split, train
 from passes.training.loss import next_token_loss, teacher_loss
@@ -51,7 +51,7 @@ def learned_plan(
     planned: gives the plan of a program. They are those under which the rotated program, its activations and cache
     rounded as the passes that follow will do, predicts best; weights stay float. Reports the loss before and after.
     """
-    rows = replace(ctx, calibration=split_rows(ctx, spec.batch))
+    rows = by_rows(ctx, spec.batch)
     model = program.clone()
     plan = planned(model)
     write_rotation(model, plan, by)
@@ -150,7 +150,10 @@ def _problem(model: Program, plan: RotationPlan, last: Step, spec: LearnSpec, ct
             mixes[site.node.name].append(mix)
         given = [partial(part.params, model, mixes) for part in parts]
         logits = _logits(function, given, ids, matrices.get(_STREAM))
-        return next_token_loss(logits, ids) if spec.loss == "ce" else teacher_loss(logits, teacher.logits(ids, batch))
+        counted = counted_in(ctx, batch)
+        if spec.loss == "ce":
+            return next_token_loss(logits, ids, counted)
+        return teacher_loss(logits, teacher.logits(ids, batch), counted)
 
     def release() -> None:
         function.release()

@@ -28,7 +28,7 @@ from passes.quantize.uniform import packed_bytes
 from passes.scale_search import SearchSpec, reads, search_block
 from passes.sites import check_group, check_skip, choose_sites, outside_blocks, planned, weights_of
 from passes.solved import restore_floats, restore_solved, save_solved
-from passes.stream import Step, split_rows, walk
+from passes.stream import Step, by_rows, walk
 from passes.training.transforms import Transforms, drop_idle, transforms
 from passes.widths import width_of
 
@@ -164,7 +164,7 @@ class Omniquant(Pass):
                 ctx.log.skip(group.site, "it does not lie in one repeated block")
         original = program.clone()
         self._code_values(program, settled, ctx)
-        rows = replace(ctx, calibration=split_rows(ctx, self.batch))
+        rows = by_rows(ctx, self.batch)
         for walked in walk(program, rows, "both", self.name, original):
             groups, mark = self._inside(wanted, walked.block), ctx.log.mark()
             if has_block(ctx.work, walked.block.index):

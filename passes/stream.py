@@ -255,9 +255,16 @@ def calibration(ctx: Context) -> Sequence[Tensor]:
     return ctx.calibration
 
 
-def split_rows(ctx: Context, rows: int) -> list[Tensor]:
-    """Return the calibration batches cut to at most `rows` samples each, for steps of training."""
-    return [part for ids in calibration(ctx) for part in ids.split(rows)]
+def by_rows(ctx: Context, rows: int) -> Context:
+    """Return the run with calibration batches cut to at most `rows` samples each, for steps of training."""
+    parts = [part for ids in calibration(ctx) for part in ids.split(rows)]
+    counted = ctx.counted and [part for mask in ctx.counted for part in mask.split(rows)]
+    return replace(ctx, calibration=parts, counted=counted)
+
+
+def counted_in(ctx: Context, batch: int) -> Tensor | None:
+    """Return which tokens of a batch of calibration training is to predict, bool [batch, seq]; None for all."""
+    return None if ctx.counted is None else ctx.counted[batch]
 
 
 def _start(program: Program, plan: Layout, batches: Sequence[Tensor], precision: Precision, room: Room) -> _Flow:

@@ -8,7 +8,7 @@ from the compressed blocks before, and offsets learn too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, fx
@@ -24,7 +24,7 @@ from passes.checkpoint import load_block, save_block
 from passes.equiv.operands import own_gain
 from passes.equiv.rules import NORMS
 from passes.sites import check_patterns
-from passes.stream import split_rows, walk
+from passes.stream import by_rows, walk
 from passes.training.events import block_name, report_outcome
 from passes.training.loop import Problem, Recipe, split, train
 from passes.training.problems import BlockLoss, WholeLoss, block_problem, whole_problem
@@ -82,7 +82,7 @@ class TuneScales(Pass):
             )
         nodes = [n for block in blocks(program) for n in block.nodes]
         check_patterns([site_name(n) for n in nodes if is_coded(n)], self.skip, self.name)
-        rows = replace(ctx, calibration=split_rows(ctx, self.batch))
+        rows = by_rows(ctx, self.batch)
         if self.loss == "kl" or self.loss == "ce":
             self._train_whole(program, self.loss, rows)
         else:

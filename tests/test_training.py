@@ -203,6 +203,31 @@ def test_losses_of_predictions_are_what_their_names_say() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 21, 1 << 19])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_tokens_that_do_not_count_are_read_and_not_predicted(
+    share: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_AT_ONCE", at_once)
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 0, 1, 2, 3]])
+    counted = torch.tensor([[True, False, True, True, False], [False, False, False, False, True]])
+    a, wanted = draw(2, 5, 7, seed=1).requires_grad_(), draw(2, 5, 7, seed=2)
+    b = a.detach().clone().requires_grad_()
+    at = [(0, 1), (0, 2), (1, 3)]
+    student, teacher = (torch.stack([functional.log_softmax(x[i] / 2.5, -1) for i in at]) for x in (b, wanted))
+    distance = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    text = torch.stack([functional.cross_entropy(b[i, t], ids[i, t + 1]) for i, t in at]).mean()
+    expected = share * 2.5**2 * distance + (1 - share) * text
+    found = distilled_loss(a, wanted, ids, share, 2.5, counted)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    assert a.grad is not None and set(map(tuple, torch.nonzero(a.grad.any(-1)).tolist())) == set(at)
+    none = distilled_loss(a, wanted, ids, share, 2.5, torch.zeros_like(counted))
+    assert float(none.detach()) == 0 and float(torch.autograd.grad(none, a)[0].abs().max()) == 0
+
+
+@pytest.mark.parametrize("at_once", [1, 21, 1 << 19])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_gradient_of_predictions_is_that_of_the_formula(
     share: float, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

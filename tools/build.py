@@ -203,7 +203,7 @@ def _run(
     calibration = None if data is None else data.calibration
     ctx = Context(
         options.seed, log, calibration, work, options.strict, options.precision,
-        activation_budget=options.activation_budget,
+        activation_budget=options.activation_budget, counted=None if data is None else data.counted,
     )  # fmt: skip
     settings = Settings(options.verify, options.verify != "off", options.dump_ir, work)
     costs = [cost_step(INPUT, program)]

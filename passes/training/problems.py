@@ -11,7 +11,7 @@ from torch import Tensor
 from ir.program import Program
 from ir.weights import LinearWeight
 from passes.base import Context
-from passes.stream import Step, calibration
+from passes.stream import Step, calibration, counted_in
 from passes.training.loop import Problem
 from passes.training.loss import next_token_loss, plain_loss, teacher_loss, token_loss
 from passes.training.whole import teacher_of, whole_function
@@ -69,7 +69,10 @@ def whole_problem(
         ids = rows[batch]
         values = model.start(ids)
         logits = model.logits(model.exits([partial(part.params, state) for part in parts], values), values)
-        return next_token_loss(logits, ids) if loss == "ce" else teacher_loss(logits, teacher.logits(ids, batch))
+        counted = counted_in(ctx, batch)
+        if loss == "ce":
+            return next_token_loss(logits, ids, counted)
+        return teacher_loss(logits, teacher.logits(ids, batch), counted)
 
     def release() -> None:
         model.release()
