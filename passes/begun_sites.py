@@ -47,7 +47,7 @@ def begun_sites(
     energies = _energies(walked, sites) if begin == "hessian" else {}
     weights, seed = [], how.pop("seed", 0)
     for place, (site, asked) in enumerate(zip(sites, grids, strict=True)):
-        base, mask = weights_of(program, [site], by).float(), mask_of(program, site)
+        base, mask = base_of(program, site, by), mask_of(program, site)
         grid = under_pattern(asked, None if mask is None else mask.pattern, by)
         energy, seen = energies.get(site.name), base
         if mask is not None:
@@ -56,6 +56,12 @@ def begun_sites(
         levels = first_levels(seen, grid, begin, energy)
         weights.append(trained_codes(base, grid, *levels, seed=seed + place, mask=mask, **how))
     return TrainedSites(tuple(sites), tuple(weights))
+
+
+def base_of(program: Program, site: LinearSite, by: str) -> Tensor:
+    """Return a weight in float32, the one that is there where it can be; raises UnsupportedError unless finite."""
+    weights_of(program, [site], by)
+    return program.params.get(site.weight).float()
 
 
 def under_pattern(grid: Grid, pattern: Pattern | None, by: str) -> Grid:

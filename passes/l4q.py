@@ -13,9 +13,9 @@ from ir.errors import UnsupportedError
 from ir.products import products_in
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
-from passes.begun_sites import Start, begun_sites, planned_sites
+from passes.begun_sites import Start, base_of, begun_sites, planned_sites
 from passes.block_training import BlockCourse, trained_block
-from passes.sites import check_group, check_patterns, check_skip, choose_sites, outside_blocks, weights_of
+from passes.sites import check_group, check_patterns, check_skip, choose_sites, outside_blocks
 from passes.solved import put_solved
 from passes.stream import Step, by_rows, walk
 from passes.trained_sites import Rates, TrainedSites, all_rates
@@ -161,13 +161,13 @@ class L4q(Pass):
         sites = choose_sites(program, walked.block.nodes, self.skip, Context())
         seed = ctx.seed + 1000 * walked.block.index
         if self.bits == FLOAT:
-            bases = [weights_of(program, [site], self.name).float() for site in sites]
+            bases = [base_of(program, site, self.name) for site in sites]
             added = (AddedWeight(b, self.rank, self.factor, seed + i) for i, b in enumerate(bases))
             return TrainedSites(tuple(sites), tuple(added))
         grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
         addition = {"rank": self.rank, "factor": self.factor, "domain": self.domain}
         how: dict[str, Any] = {**addition, "whole": self.whole, "relative": self.relative, "seed": seed}
-        if not self.warm:
+        if not self.warm or not sites:
             found = begun_sites(program, walked, sites, grids, self.begin, self.name, **how)
             if self.begin == "gptq":
                 found.round_in(program, found.start(), self.name)

@@ -357,3 +357,9 @@ def test_masks_are_kept(tiny_model: Program, options: str) -> None:
 def test_under_masks_it_does_not_begin_at_a_sweep(tiny_model: Program) -> None:
     with pytest.raises(OptionError, match="begin"):
         run(tiny_model, "sparse,l4q{bits=3 group=16 begin=gptq}")
+
+
+@pytest.mark.parametrize("text", ["l4q{bits=2 group=16 epochs=1 warm=1", "blockap{bits=2 group=16 epochs=1"])
+def test_blocks_without_a_site_are_passed_by(tiny_model: Program, text: str) -> None:
+    found, _ = run(tiny_model, text + " skip=[model.layers.0*]}")
+    assert sorted(coded(found)) == [site for site in sorted(SITES) if ".1." in site]
