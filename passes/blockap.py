@@ -10,13 +10,13 @@ from torch import fx
 from ir.analysis import blocks
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
-from passes.begun_sites import Start, begun_sites, planned_sites
-from passes.block_training import BlockCourse, trained_block
 from passes.sites import check_group, check_skip, choose_sites, outside_blocks
 from passes.solved import put_solved
 from passes.stream import by_rows, walk
-from passes.trained_sites import Rates
+from passes.training.begin import Start, begun_sites, planned_sites
+from passes.training.blocks import BlockCourse, trained_block
 from passes.training.problems import BlockLoss
+from passes.training.sites import Rates
 from passes.training.trained_codes import Grid, Offset
 from passes.widths import width_of
 

@@ -13,17 +13,17 @@ from ir.errors import UnsupportedError
 from ir.products import products_in
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
-from passes.begun_sites import Start, base_of, begun_sites, planned_sites
-from passes.block_training import BlockCourse, trained_block
 from passes.sites import check_group, check_patterns, check_skip, choose_sites, outside_blocks
 from passes.solved import put_solved
 from passes.stream import Step, by_rows, walk
-from passes.trained_sites import Rates, TrainedSites, all_rates
+from passes.training.begin import Start, base_of, begun_sites, planned_sites
+from passes.training.blocks import BlockCourse, trained_block
 from passes.training.events import report_outcome
 from passes.training.loop import Outcome, Problem, Recipe, split, train
 from passes.training.low_rank import AddedWeight
 from passes.training.problems import WholeLoss, whole_problem
 from passes.training.rounded import Domain
+from passes.training.sites import Rates, TrainedSites, all_rates
 from passes.training.trained_codes import Grid, Offset
 from passes.widths import width_of
 

@@ -140,7 +140,7 @@ def test_it_can_begin_at_the_codes_of_gptq(tiny_model: Program, options: str) ->
 def test_blocks_that_were_finished_are_taken_up(
     name: str, tiny_model: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import passes.block_training as module
+    import passes.training.blocks as module
 
     warm = "warm=2 weight_rate=1e-3 epochs=1" if name == "l4q" else "epochs=2 rate=1e-3"
     text = f"{name}{{bits=2 group=16 {warm}}}"

@@ -23,7 +23,7 @@ from passes.sites import mask_bytes, weights_of
 from passes.sparsify.masks import kept_group, mask_of, pattern_at
 from passes.sparsify.pattern import Pattern
 from passes.stream import Step
-from passes.trained_sites import TrainedSites
+from passes.training.sites import TrainedSites
 from passes.training.trained_codes import Grid, TrainedCodes, trained_codes
 
 Start = Begin | Literal["gptq"]

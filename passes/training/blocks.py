@@ -12,10 +12,10 @@ from ir.products import products_in
 from passes.base import Context
 from passes.checkpoint import load_block, save_block
 from passes.stream import Step
-from passes.trained_sites import Rates, TrainedSites
 from passes.training.events import block_name, report_outcome
 from passes.training.loop import Recipe, train
 from passes.training.problems import BlockLoss, block_problem
+from passes.training.sites import Rates, TrainedSites
 
 
 @dataclass(frozen=True)
