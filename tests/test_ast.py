@@ -26,7 +26,7 @@ from passes.training.masked import CHANGES, MASK, WEIGHT, Annealing, MaskCourse,
 from passes.training.sparse_adam import SparseAdamW
 from tests.architectures import ids_for, traced
 from tests.coded_sites import coded, decoded, same_parts
-from tests.pipeline_runs import LONG
+from tests.pipeline_runs import LONG, resumed
 from tests.pipeline_runs import run as run_text
 from tests.shiftadd_runs import SITES, error
 from tests.solver_problems import draw
@@ -279,25 +279,12 @@ def _blocks(program: Program) -> Any:
 def test_a_resumed_run_ends_with_the_same_bytes(
     tiny_model: Program, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = f"sparse{{method=wanda}},ast{{{QUICK}}},pack{{values=float32}}"
-    whole, log = run(tiny_model, text)
-    judged, judge = 0, loop.judge
-
-    def failing(*args: Any) -> float:
-        nonlocal judged
-        judged += 1
-        if judged > stop:
-            raise KeyboardInterrupt
-        return judge(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "judge", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny_model, text, work=tmp_path)
-    again, said = run(tiny_model, text, work=tmp_path)
-    assert all(same_parts(again, whole, site) for site in SITES)
-    rows = [(r.site, r.by, r.figures) for r in log.reports]
-    assert [(r.site, r.by, r.figures) for r in said.reports] == rows
+    runs = resumed(
+        tiny_model, f"sparse{{method=wanda}},ast{{{QUICK}}},pack{{values=float32}}", LONG, tmp_path, stop, monkeypatch
+    )
+    assert all(same_parts(runs.again, runs.whole, site) for site in SITES)
+    rows = [(r.site, r.by, r.figures) for r in runs.log.reports]
+    assert [(r.site, r.by, r.figures) for r in runs.said.reports] == rows
 
 
 @pytest.mark.parametrize("codes", ["gptq{bits=8 group=16}", "shiftadd{bits=6 group=16 terms=0}"])

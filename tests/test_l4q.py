@@ -26,7 +26,7 @@ from passes.training.loss import next_token_loss, teacher_loss
 from passes.training.trained_codes import Grid, TrainedCodes
 from tests.architectures import ids_for, traced
 from tests.coded_sites import coded, same_parts
-from tests.pipeline_runs import LONG
+from tests.pipeline_runs import LONG, resumed
 from tests.pipeline_runs import run as run_text
 from tests.shiftadd_runs import SITES
 from tests.solver_problems import draw
@@ -197,24 +197,10 @@ def test_without_rounding_it_is_lora_merged(tiny_model: Program) -> None:
 def test_a_resumed_run_ends_with_the_same_bytes(
     tiny_model: Program, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = f"l4q{{bits=2 {QUICK}}}"
-    whole, log = run(tiny_model, text)
-    judge, times = loop.judge, 0
-
-    def failing(*args: Any) -> float:
-        nonlocal times
-        times += 1
-        if times > stop:
-            raise KeyboardInterrupt
-        return judge(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "judge", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny_model, text, work=tmp_path)
-    again, said = run(tiny_model, text, work=tmp_path)
-    assert all(same_parts(again, whole, site) for site in SITES)
-    assert [r.figures for r in said.reports] == [r.figures for r in log.reports]
+    runs = resumed(tiny_model, f"l4q{{bits=2 {QUICK}}}", LONG, tmp_path, stop, monkeypatch)
+    assert all(same_parts(runs.again, runs.whole, site) for site in SITES)
+    rows = [(r.site, r.by, r.figures) for r in runs.log.reports]
+    assert [(r.site, r.by, r.figures) for r in runs.said.reports] == rows
 
 
 def test_memory_spent_instead_of_time_gives_the_same(tiny_model: Program) -> None:

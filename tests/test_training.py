@@ -201,46 +201,36 @@ def test_losses_of_predictions_are_what_their_names_say() -> None:
     assert abs(float(teacher_loss(logits, logits))) < 1e-12
 
 
-@pytest.mark.parametrize("at_once", [1, 21, 1 << 19])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_tokens_that_do_not_count_are_read_and_not_predicted(
-    share: float, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(losses, "_AT_ONCE", at_once)
-    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 0, 1, 2, 3]])
-    counted = torch.tensor([[True, False, True, True, False], [False, False, False, False, True]])
-    a, wanted = draw(2, 5, 7, seed=1).requires_grad_(), draw(2, 5, 7, seed=2)
-    b = a.detach().clone().requires_grad_()
-    at = [(0, 1), (0, 2), (1, 3)]
-    student, teacher = (torch.stack([functional.log_softmax(x[i] / 2.5, -1) for i in at]) for x in (b, wanted))
-    distance = (teacher.exp() * (teacher - student)).sum(-1).mean()
-    text = torch.stack([functional.cross_entropy(b[i, t], ids[i, t + 1]) for i, t in at]).mean()
-    expected = share * 2.5**2 * distance + (1 - share) * text
-    found = distilled_loss(a, wanted, ids, share, 2.5, counted)
-    torch.testing.assert_close(found, expected)
-    found.backward()
-    expected.backward()
-    torch.testing.assert_close(a.grad, b.grad)
-    assert a.grad is not None and set(map(tuple, torch.nonzero(a.grad.any(-1)).tolist())) == set(at)
-    none = distilled_loss(a, wanted, ids, share, 2.5, torch.zeros_like(counted))
-    assert float(none.detach()) == 0 and float(torch.autograd.grad(none, a)[0].abs().max()) == 0
+COUNTED = torch.tensor([[True, False, True, True, False], [False, False, False, False, True]])
 
 
 @pytest.mark.parametrize("at_once", [1, 21, 1 << 19])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("counted", [None, COUNTED])
 def test_the_gradient_of_predictions_is_that_of_the_formula(
-    share: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+    share: float, at_once: int, counted: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "_AT_ONCE", at_once)
     ids = torch.tensor([[1, 2, 3, 4, 5], [6, 0, 1, 2, 3]])
+    # Positions by what follows them: all, what follows the last one apart, or those before tokens that count.
+    text = [(i, t) for i in range(2) for t in range(4) if counted is None or counted[i, t + 1]]
+    every = text if counted is not None else [(i, t) for i in range(2) for t in range(5)]
     a, wanted = draw(2, 5, 7, seed=1).requires_grad_(), draw(2, 5, 7, seed=2)
     b = a.detach().clone().requires_grad_()
-    student, teacher = (functional.log_softmax(x / 2.5, -1) for x in (b, wanted))
+    student, teacher = (torch.stack([functional.log_softmax(x[at] / 2.5, -1) for at in every]) for x in (b, wanted))
     distance = (teacher.exp() * (teacher - student)).sum(-1).mean()
-    text = functional.cross_entropy(b[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    expected, found = share * 2.5**2 * distance + (1 - share) * text, distilled_loss(a, wanted, ids, share, 2.5)
+    surprise = torch.stack([functional.cross_entropy(b[i, t], ids[i, t + 1]) for i, t in text]).mean()
+    expected = share * 2.5**2 * distance + (1 - share) * surprise
+    found = distilled_loss(a, wanted, ids, share, 2.5, counted)
     torch.testing.assert_close(found, expected)
     (3 * found).backward()
     (3 * expected).backward()
     torch.testing.assert_close(a.grad, b.grad)
-    assert not distilled_loss(a.detach(), wanted, ids, share, 2.5).requires_grad
+    assert not distilled_loss(a.detach(), wanted, ids, share, 2.5, counted).requires_grad
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_where_nothing_counts_nothing_is_learned(share: float) -> None:
+    a, wanted, ids = draw(2, 5, 7, seed=1).requires_grad_(), draw(2, 5, 7, seed=2), torch.ones(2, 5, dtype=torch.long)
+    none = distilled_loss(a, wanted, ids, share, 2.5, torch.zeros_like(COUNTED))
+    assert float(none.detach()) == 0 and float(torch.autograd.grad(none, a)[0].abs().max()) == 0
