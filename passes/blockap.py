@@ -80,7 +80,7 @@ class BlockAp(Pass):
             if not sites:
                 continue
             grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
-            part = begun_sites(program, walked, sites, grids, self.begin, self.name, whole=True)
+            part = begun_sites(program, walked, sites, grids, self.begin, self.name, whole=True, keep=True)
             state = trained_block(part, walked, course, ctx)
             for row in part.solved(floats, state).values():
                 put_solved(program, row, self.name, ctx)

@@ -74,7 +74,7 @@ class L4q(Pass):
     warmup: float = field(default=0.1, metadata={"help": "share of all steps over which the rates rise from zero"})
     recompute: bool = field(
         default=True,
-        metadata={"help": "run each block again on the way back: a quarter more work, and memory for one block only"},
+        metadata={"help": "run blocks and round again on the way back: more work, memory for one block only"},
     )
     skip: tuple[str, ...] = field(default=(), metadata={"help": "sites to leave in float, `*` stands for any text"})
 
@@ -167,12 +167,15 @@ class L4q(Pass):
         grids = [self._grid(width_of(program, site, self.bits)) for site in sites]
         addition = {"rank": self.rank, "factor": self.factor, "domain": self.domain}
         how: dict[str, Any] = {**addition, "whole": self.whole, "relative": self.relative, "seed": seed}
+        how["keep"] = not self.recompute
         if not self.warm or not sites:
             found = begun_sites(program, walked, sites, grids, self.begin, self.name, **how)
             if self.begin == "gptq":
                 found.round_in(program, found.start(), self.name)
             return found
-        whole = begun_sites(program, walked, sites, grids, self.begin, self.name, whole=True, relative=self.relative)
+        whole = begun_sites(
+            program, walked, sites, grids, self.begin, self.name, whole=True, relative=self.relative, keep=True
+        )
         course = BlockCourse(self.warm, Rates(self.scale_rate, whole=self.weight_rate), _WARM_END, "token")
         state = trained_block(whole, walked, course, ctx)
         whole.round_in(program, state, self.name)

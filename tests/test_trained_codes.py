@@ -70,7 +70,9 @@ def by_autograd(weight: TrainedCodes, state: dict[str, Tensor], x: Tensor, bias:
     return functional.linear(x, ((codes - centers) * scales + offsets).flatten(1), bias)
 
 
-@pytest.mark.parametrize("how", [{"rank": 3, "factor": 2.0}, {"whole": True}, {"rank": 3, "domain": "code"}])
+@pytest.mark.parametrize(
+    "how", [{"rank": 3, "factor": 2.0}, {"whole": True, "keep": True}, {"rank": 3, "domain": "code", "keep": True}]
+)
 @pytest.mark.parametrize(("offset", "terms"), GRIDS)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_gradients_are_those_of_rounding_passed_straight_through(
@@ -177,7 +179,9 @@ def test_any_number_of_rows_and_bias_is_taken() -> None:
         assert gradients(weight, draw(2, 3, 32).requires_grad_(), draw(2, 3, rows, seed=7))[UP].shape == (rows, 2)
 
 
-@pytest.mark.parametrize("how", [{"rank": 4}, {"rank": 4, "domain": "code"}, {"whole": True}])
+@pytest.mark.parametrize(
+    "how", [{"rank": 4}, {"rank": 4, "domain": "code"}, {"whole": True}, {"rank": 4, "keep": True}]
+)
 def test_no_second_weight_is_kept_for_the_way_back(how: dict[str, Any]) -> None:
     weight = weight_of(3, "float", 0, rows=64, inputs=128, group=32, dtype=torch.float32, **how)
     state, x, kept = moved(weight), torch.randn(2, 5, 128), []
@@ -195,12 +199,13 @@ def test_no_second_weight_is_kept_for_the_way_back(how: dict[str, Any]) -> None:
     small = x.numel() + sum(t.numel() for n, t in state.items() if n != "base") + 4 * 3 * weight.scales.numel()
     assert others <= 4 * small
     y.sum().backward()
-    # Beside them, a byte a weight from step to step.
-    assert weight._kept.codes is not None and weight._kept.codes.dtype == torch.uint8
+    # Where codes are kept, it is a byte a weight from step to step.
+    assert (weight._kept.codes is None) == (not weight.keep)
+    assert weight._kept.codes is None or weight._kept.codes.dtype == torch.uint8
 
 
-def test_weights_are_rounded_once_a_step() -> None:
-    weight = weight_of(3, "float", 0, rank=2)
+def test_kept_codes_are_found_once_a_step() -> None:
+    weight = weight_of(3, "float", 0, rank=2, keep=True)
     state = moved(weight)
     leaves = [state[name] for name in (DOWN, UP, SCALES, OFFSETS)]
     optimiser = torch.optim.SGD(leaves, lr=1e-3)

@@ -78,10 +78,10 @@ def levels(codes: Tensor, scales: Tensor, centers: Tensor, offsets: Tensor, wide
 class RoundedLinear(Function):
     """x W^T + bias with W on the levels nearest to a merged weight; L4Q (2402.04902, section 3.3, appendix A).
 
-    Of a weight's size, only what is there anyway is kept for the way back: the base, and codes of a byte each where the
-    caller keeps them from step to step. Rounding passes gradients straight through, clipped weights get none; scales
-    get `code - place` inside the range and the clipped level outside (LSQ, 1902.08153, eq. 3), offsets and centers what
-    clipping lets through.
+    Of a weight's size, only what is there anyway is kept for the way back: the base. Codes are found again, from the
+    places of weights among their levels that gradients need as well, unless the caller keeps them. Rounding passes
+    gradients straight through, clipped weights get none; scales get `code - place` inside the range and the clipped
+    level outside (LSQ, 1902.08153, eq. 3), offsets and centers what clipping lets through.
     """
 
     @staticmethod
@@ -96,23 +96,28 @@ class RoundedLinear(Function):
         offsets: Tensor,
         bias: Tensor | None,
         merged: Merged,
-        codes: Callable[[], Tensor],
+        kept: Callable[[], Tensor | None],
         wide: bool,
     ) -> Tensor:
-        ctx.merged, ctx.codes, ctx.wide, ctx.has_bias = merged, codes, wide, bias is not None
+        """Return the product; kept: gives the codes [N, G, group], or None where they are to be found."""
+        ctx.merged, ctx.kept, ctx.wide, ctx.has_bias = merged, kept, wide, bias is not None
         ctx.save_for_backward(x, base, down, up, scales, centers, offsets)
-        return functional.linear(x, merged.spread(levels(codes(), scales, centers, offsets, wide)), bias)
+        codes = kept()
+        if codes is None:
+            codes = merged.codes(merged.places(base, down, up, scales, centers, offsets))
+        return functional.linear(x, merged.spread(levels(codes, scales, centers, offsets, wide)), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, base, down, up, scales, centers, offsets = ctx.saved_tensors
         merged: Merged = ctx.merged
-        codes, rows = ctx.codes(), grads[0].flatten(0, -2)
+        places = merged.places(base, down, up, scales, centers, offsets)
+        known, rows = ctx.kept(), grads[0].flatten(0, -2)
+        codes = merged.codes(places) if known is None else known
         weight = merged.spread(levels(codes, scales, centers, offsets, ctx.wide))
         into_x = grads[0] @ weight if ctx.needs_input_grad[0] else None
         into_bias = rows.sum(0) if ctx.has_bias else None
         slope = merged.gathered(rows.T @ x.flatten(0, -2))
-        places = merged.places(base, down, up, scales, centers, offsets)
         outside = (places < 0) | (places > merged.top)
         worth = codes.to(slope.dtype).sub_(centers[..., None])
         if merged.domain == "weight":

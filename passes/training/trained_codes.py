@@ -85,7 +85,8 @@ class TrainedCodes:
     start, positive; offsets: likewise, zero points or floats, None for a grid without; rank, factor: of the addition
     factor * up @ down, rank 0 for none; whole: the base itself is trained; relative: scales move by factors of their
     start, otherwise by differences; seed: of the addition's start; mask: the inputs that each row keeps, whose groups
-    the grid then speaks of, around zero; the others are zero.
+    the grid then speaks of, around zero; the others are zero. keep: hold the codes until a tensor of the state changes,
+    for a byte a weight, instead of finding them for every product and again on its way back.
     """
 
     base: Tensor
@@ -99,6 +100,7 @@ class TrainedCodes:
     relative: bool = True
     seed: int = 0
     mask: Mask | None = None
+    keep: bool = False
     _kept: _Kept = field(default_factory=_Kept)
 
     @property
@@ -157,19 +159,21 @@ class TrainedCodes:
         return trained_codes(whole, self.grid, scales, at, mask=self.mask, **how)
 
     def codes(self, state: Mapping[str, Tensor], scales: Tensor, centers: Tensor, offsets: Tensor) -> Tensor:
-        """Return the codes [N, G, group] under a state, found once until one of its tensors changes."""
+        """Return the codes [N, G, group] under a state; kept ones are found once until one of its tensors changes."""
         read = (SCALES, OFFSETS, DOWN, UP, BASE) if self.domain == "weight" else (DOWN, UP, BASE)
         key = tuple((state[name], state[name]._version) for name in read if name in state)
         kept = self._kept
         same = len(key) == len(kept.found_for) and all(
             a is b and at == since for (a, at), (b, since) in zip(key, kept.found_for, strict=True)
         )
-        if kept.codes is None or not same:
-            with torch.no_grad():
-                places = self.merged.places(*self._parts(state), scales, centers, offsets)
-                kept.codes, kept.found_for = self.merged.codes(places), key
-                kept.times += 1
-        return kept.codes
+        if kept.codes is not None and same:
+            return kept.codes
+        with torch.no_grad():
+            found = self.merged.codes(self.merged.places(*self._parts(state), scales, centers, offsets))
+        kept.times += 1
+        if self.keep:
+            kept.codes, kept.found_for = found, key
+        return found
 
     @property
     def merged(self) -> Merged:
@@ -222,7 +226,8 @@ class Bound:
         own = self.weight
         parts = own._parts(self.state)
         at = (self.scales, self.centers, self.offsets)
-        y: Tensor = RoundedLinear.apply(x, *parts, *at, bias, own.merged, self._codes, own.grid.wide)
+        kept = self._codes if own.keep else _nothing
+        y: Tensor = RoundedLinear.apply(x, *parts, *at, bias, own.merged, kept, own.grid.wide)
         return y
 
     def dense(self) -> Tensor:
@@ -232,6 +237,10 @@ class Bound:
 
     def _codes(self) -> Tensor:
         return self.weight.codes(self.state, self.scales, self.centers, self.offsets)
+
+
+def _nothing() -> None:
+    return None
 
 
 def trained_codes(
