@@ -22,9 +22,8 @@ from passes.training.events import report_outcome
 from passes.training.loop import Outcome, Problem, Recipe, split, train
 from passes.training.low_rank import AddedWeight
 from passes.training.problems import WholeLoss, whole_problem
-from passes.training.rounded import Domain
 from passes.training.sites import Rates, TrainedSites, all_rates
-from passes.training.trained_codes import Grid, Offset
+from passes.training.trained_codes import Grid, Offset, Place
 from passes.widths import width_of
 
 # The width at which nothing is rounded.
@@ -37,7 +36,8 @@ _WARM_END = 0.05
 class L4q(Pass):
     """Train low-rank additions to weights and the scales that the sums are rounded by, end to end.
 
-    Source: L4Q (2402.04902); `domain=code` as in LR-QAT (2406.06385), `rank=0 whole` as in LSQ (1902.08153), and with
+    Source: L4Q (2402.04902); `domain=code` as in LR-QAT (2406.06385), `domain=group` as in QA-LoRA
+    (2309.14717) and with `rank=0` PEQA (2305.14152), `rank=0 whole` as in LSQ (1902.08153), and with
     values and outputs of attention frozen KD-QAT (2403.18159); without rounding it is LoRA (2106.09685).
     """
 
@@ -54,8 +54,12 @@ class L4q(Pass):
     )
     rank: int = field(default=4, metadata={"help": "rank of the addition, 0 to train scales alone"})
     factor: float = field(default=2.0, metadata={"help": "of the addition: LoRA's alpha / rank"})
-    domain: Domain = field(
-        default="weight", metadata={"help": "what is added to: weights, or their places among the levels (LR-QAT)"}
+    domain: Place = field(
+        default="weight",
+        metadata={
+            "help": "what is added to: weights, their places among the levels (LR-QAT), or float offsets of groups, "
+            "the codes staying (group: QA-LoRA; with rank=0 PEQA)"
+        },
     )
     begin: Start = field(default="mse", metadata={"help": "the levels at the start; gptq: and the weights"})
     warm: int = field(default=0, metadata={"help": "epochs of whole weights before that, block by block as by blockap"})
@@ -96,6 +100,9 @@ class L4q(Pass):
         for option in ("warm", "whole"):
             if self.bits == FLOAT and getattr(self, option):
                 raise OptionError(self.name, option, "without rounding additions alone are trained")
+        if self.domain == "group" and (self.whole or (self.rank and self.offset != "float")):
+            why = "codes stay, and additions need offset=float" if self.rank else "codes stay, so weights do not move"
+            raise OptionError(self.name, "domain", why, fix="give offset=float, and leave whole out")
         counts = [(name, 0, 10**6) for name in ("epochs", "warm", "rank")]
         shares = [(name, 0, 1) for name in ("rate", "weight_rate", "scale_rate", "last_rate", "warmup")]
         others = (("group", 1, 1 << 20), ("terms", 0, 3), ("batch", 1, 10**6))

@@ -41,6 +41,8 @@ FORMS = {
     "powers of two, zero points": "bits=2 terms=2",
     "powers of two, offsets": "bits=2 offset=float terms=3",
     "in codes": "bits=2 domain=code",
+    "in groups": "bits=2 offset=float domain=group",
+    "in groups, scales alone": "bits=2 domain=group rank=0",
     "scales alone": "bits=2 rank=0",
     "warmed": "bits=2 warm=1 weight_rate=1e-3",
     "warmed, in codes": "bits=2 warm=1 weight_rate=1e-3 domain=code offset=float",
@@ -86,7 +88,8 @@ def test_the_program_is_what_training_ran(tiny_model: Program, options: str) -> 
     form = ShiftCodes if "terms" in options or "offset=float" in options else QuantCodes
     assert all(isinstance(codes_of(n, found.params.get), form) for n in inside if is_coded(n))
     flips = [r.figures["changed_codes"] for r in log.reports if "changed_codes" in r.figures]
-    assert len(flips) == len(SITES) and (max(flips) > 0 or "rank=0" in options or "gptq" in options)
+    still = any(word in options for word in ("rank=0", "gptq", "domain=group"))
+    assert len(flips) == len(SITES) and (max(flips) > 0 or still)
 
 
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
@@ -171,6 +174,19 @@ def test_weights_of_frozen_sites_stay(tiny_model: Program) -> None:
     assert any(flips[site] > 0 for site in others) and losses_of(log)[1] < losses_of(log)[0]
     with pytest.raises(UsageError, match="nowhere"):
         run(tiny_model, "l4q{group=16 frozen=[nowhere]}")
+
+
+def test_codes_stay_where_offsets_of_groups_learn(tiny_model: Program) -> None:
+    start, _ = run(tiny_model, "l4q{bits=2 group=16 epochs=0 offset=float}")
+    for rank in (0, 2):
+        found, log = run(tiny_model, f"l4q{{bits=2 {QUICK} offset=float domain=group rank={rank}}}")
+        ours, theirs = ({s: codes_of(n, p.params.get) for s, n in coded(p).items()} for p in (found, start))
+        assert all(torch.equal(ours[s].signs, theirs[s].signs) for s in SITES)  # type: ignore[union-attr]
+        moved = [ours[s].offsets.float() - theirs[s].offsets.float() for s in SITES]  # type: ignore[union-attr]
+        assert any(bool(m.any()) for m in moved) and losses_of(log)[1] < losses_of(log)[0]
+    for options in ("offset=zero", "offset=float whole"):
+        with pytest.raises(OptionError, match="domain"):
+            parse(f"l4q{{domain=group {options}}}")
 
 
 def test_text_is_learned_where_it_is_the_loss(tiny_model: Program) -> None:

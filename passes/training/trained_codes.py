@@ -21,6 +21,7 @@ from passes.sparsify.masks import Mask
 from passes.training.rounded import Domain, Merged, RoundedLinear, levels
 
 Offset = Literal["none", "zero", "float"]
+Place = Literal["weight", "code", "group"]
 Stored = QuantCodes | ShiftCodes | SparseCodes
 # Parts of a weight's state.
 SCALES, OFFSETS, DOWN, UP, BASE = "scales", "offsets", "down", "up", "base"
@@ -81,12 +82,14 @@ class _Kept:
 class TrainedCodes:
     """A weight [N, K] that is rounded to a grid in every step, whole or with a low-rank addition.
 
-    base: float32 [N, K], in units of steps of the scales at the start where the domain is `code`; scales: [N, G] at the
+    base: float32 [N, K], as places among the levels at the start unless the domain is `weight`; scales: [N, G] at the
     start, positive; offsets: likewise, zero points or floats, None for a grid without; rank, factor: of the addition
-    factor * up @ down, rank 0 for none; whole: the base itself is trained; relative: scales move by factors of their
-    start, otherwise by differences; seed: of the addition's start; mask: the inputs that each row keeps, whose groups
-    the grid then speaks of, around zero; the others are zero. keep: hold the codes until a tensor of the state changes,
-    for a byte a weight, instead of finding them for every product and again on its way back.
+    factor * up @ down, rank 0 for none; domain: what it is added to, weights, their places (LR-QAT, 2406.06385), or the
+    float offsets of groups [N, G] under codes that stay (QA-LoRA, 2309.14717, section 3.3); whole: the base itself is
+    trained; relative: scales move by factors of their start, otherwise by differences; seed: of the addition's start;
+    mask: the inputs that each row keeps, whose groups the grid then speaks of, around zero; the others are zero. keep:
+    hold the codes until a tensor of the state changes, for a byte a weight, instead of finding them for every product
+    and again on its way back.
     """
 
     base: Tensor
@@ -95,7 +98,7 @@ class TrainedCodes:
     offsets: Tensor | None
     rank: int = 0
     factor: float = 1.0
-    domain: Domain = "weight"
+    domain: Place = "weight"
     whole: bool = False
     relative: bool = True
     seed: int = 0
@@ -114,7 +117,7 @@ class TrainedCodes:
         if self.offsets is not None:
             found[OFFSETS] = torch.zeros_like(self.offsets)
         if self.rank:
-            rows, inputs = self.base.shape
+            rows, inputs = self.scales.shape if self.domain == "group" else self.base.shape
             found |= first_addition(rows, inputs, self.rank, self.seed, self.base.dtype)
         return found | ({BASE: self.base} if self.whole else {})
 
@@ -160,7 +163,7 @@ class TrainedCodes:
 
     def codes(self, state: Mapping[str, Tensor], scales: Tensor, centers: Tensor, offsets: Tensor) -> Tensor:
         """Return the codes [N, G, group] under a state; kept ones are found once until one of its tensors changes."""
-        read = (SCALES, OFFSETS, DOWN, UP, BASE) if self.domain == "weight" else (DOWN, UP, BASE)
+        read = {"weight": (SCALES, OFFSETS, DOWN, UP, BASE), "code": (DOWN, UP, BASE), "group": (BASE,)}[self.domain]
         key = tuple((state[name], state[name]._version) for name in read if name in state)
         kept = self._kept
         same = len(key) == len(kept.found_for) and all(
@@ -179,10 +182,12 @@ class TrainedCodes:
     def merged(self) -> Merged:
         """How base and addition are put together and rounded."""
         kept = None if self.mask is None else self.mask.kept
-        return Merged(self.grid.group, self.grid.top, self.factor, self.domain, kept)
+        domain: Domain = "weight" if self.domain == "weight" else "code"
+        return Merged(self.grid.group, self.grid.top, self.factor, domain, kept)
 
     def _parts(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return state.get(BASE, self.base), state.get(DOWN), state.get(UP)
+        base = state.get(BASE, self.base)
+        return (base, None, None) if self.domain == "group" else (base, state.get(DOWN), state.get(UP))
 
     def _levels(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return scales, centers and offsets [N, G] as they are stored, with the gradients of what they were."""
@@ -194,6 +199,8 @@ class TrainedCodes:
             centers = _straight(points, points.detach().clamp(0, self.grid.top).round())
         elif self.offsets is not None:
             offsets = self.offsets + state.get(OFFSETS, 0.0) * self.scales
+        if self.domain == "group" and UP in state:
+            offsets = offsets + self.factor * state[UP] @ state[DOWN]
         with torch.no_grad():
             stored, at = self._representable(scales, offsets)
         return _straight(scales, stored), centers, _straight(offsets, at)
@@ -244,7 +251,7 @@ def _nothing() -> None:
 
 
 def trained_codes(
-    weight: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None, domain: Domain = "weight", **how: Any
+    weight: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None, domain: Place = "weight", **how: Any
 ) -> TrainedCodes:
     """Return a weight [N, K] with its levels at the start, as it is trained in a domain.
 
