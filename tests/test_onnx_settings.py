@@ -208,11 +208,13 @@ def test_settings_of_another_target_are_refused(
 
 
 @pytest.mark.parametrize("passes", LACKING)
-def test_a_pipeline_that_ends_in_what_the_target_lacks_is_refused_before_a_model_is_opened(passes: str) -> None:
+def test_a_pipeline_that_ends_in_what_the_target_lacks_is_refused_before_a_model_is_opened(
+    passes: str, tmp_path: Path
+) -> None:
     with pytest.raises(UnsupportedError, match=f"onnxruntime lacks .*{LACKING[passes]}") as refused:
-        plan(BuildOptions("no-such-model", passes, Path("out"), target="onnxruntime"))
+        plan(BuildOptions("no-such-model", passes, tmp_path / "out", target="onnxruntime"))
     assert refused.value.where == f"pass {passes.partition(',')[0].partition('{')[0]}"
-    assert plan(BuildOptions("no-such-model", passes, Path("out"))).pipeline
+    assert plan(BuildOptions("no-such-model", passes, tmp_path / "out")).pipeline
 
 
 @pytest.mark.parametrize("passes", [*LACKING, *FITTING])
