@@ -15,6 +15,7 @@ from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.sites import check_group, check_patterns, check_skip, choose_sites, outside_blocks
 from passes.solved import put_solved
+from passes.sparsify.masks import pattern_at
 from passes.stream import Step, by_rows, walk
 from passes.training.begin import Start, base_of, begun_sites, planned_sites
 from passes.training.blocks import BlockCourse, trained_block
@@ -194,6 +195,10 @@ class L4q(Pass):
         if self.bits != FLOAT:
             check_group(sites, self.group, self.name)
         for site in sites:
+            if self.rank and pattern_at(program, site) is not None and (self.bits == FLOAT or self.domain == "group"):
+                option, what = ("bits", "merged") if self.bits == FLOAT else ("domain", "to offsets")
+                why = f"{site.name} has a mask, and an addition {what} would fill what it drops"
+                raise OptionError(self.name, option, why, fix="round weights, in the domain weight or code")
             if self.rank > min(site.rows, site.inputs):
                 why = f"{self.rank} is more than {site.name} with {site.rows} rows and {site.inputs} inputs can have"
                 raise OptionError(self.name, "rank", why)

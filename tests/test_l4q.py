@@ -365,3 +365,9 @@ def test_under_masks_it_does_not_begin_at_a_sweep(tiny_model: Program) -> None:
 def test_blocks_without_a_site_are_passed_by(tiny_model: Program, text: str) -> None:
     found, _ = run(tiny_model, text + " skip=[model.layers.0*]}")
     assert sorted(coded(found)) == [site for site in sorted(SITES) if ".1." in site]
+
+
+@pytest.mark.parametrize("options", ["bits=16", "bits=3 group=16 offset=float domain=group"])
+def test_additions_that_would_fill_masks_are_refused(tiny_model: Program, options: str) -> None:
+    with pytest.raises(OptionError, match="has a mask"):
+        run(tiny_model, f"sparse,l4q{{{options} epochs=1}}")
