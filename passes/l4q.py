@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import fx
 
 from ir.analysis import LinearSite, blocks
 from ir.errors import UnsupportedError
-from ir.products import products_in
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
 from passes.sites import check_group, check_patterns, check_skip, choose_sites, outside_blocks
 from passes.solved import put_solved
 from passes.sparsify.masks import pattern_at
-from passes.stream import Step, by_rows, walk
+from passes.stream import Step, by_rows
 from passes.training.begin import Start, base_of, begun_sites, planned_sites
 from passes.training.blocks import BlockCourse, trained_block
 from passes.training.events import report_outcome
-from passes.training.loop import Outcome, Problem, Recipe, split, train
+from passes.training.loop import Problem, Recipe
 from passes.training.low_rank import AddedWeight
-from passes.training.problems import WholeLoss, whole_problem
-from passes.training.sites import Rates, TrainedSites, all_rates
+from passes.training.problems import WholeLoss
+from passes.training.sites import Rates, TrainedSites
+from passes.training.staged import WholeCourse, figures_of, staged_problem, trained_stages
 from passes.training.trained_codes import Grid, Offset, Place
 from passes.widths import width_of
 
@@ -130,10 +130,10 @@ class L4q(Pass):
             raise UnsupportedError("there is no linear to train", where=program.name)
         outside_blocks(program, _nodes(program), self.skip, ctx)
         rows, floats = by_rows(ctx, self.batch), program.clone()
-        parts, outcome = self._trained(program, rows)
+        parts, problem = self.problem(program, rows)
+        outcome = trained_stages(problem, rows, self.name, self._course())
         report_outcome(ctx, program.name, outcome)
-        figures = {"loss_before": outcome.before, "loss_after": outcome.after, "epochs": float(outcome.epochs)}
-        ctx.log.report(site=program.name, **figures)
+        ctx.log.report(site=program.name, **figures_of(outcome))
         for part in parts:
             if self.bits == FLOAT:
                 part.merge(program, outcome.state, self.name, ctx)
@@ -147,22 +147,12 @@ class L4q(Pass):
         Blocks that are to be trained before are trained here, and the program's weights are then rounded ones.
         """
         both = self.bits != FLOAT and (self.warm > 0 or self.begin == "gptq")
-        parts, label = list[TrainedSites](), f"{self.name}, {'block by block' if both else 'float model'}"
-        for walked in walk(program, ctx, "both" if both else "float", label, ctx.original):
-            parts.append(self._part(program, walked, replace(ctx, work=_within(ctx.work, "blocks"))))
-            if walked.block.index == len(blocks(program)) - 1:
-                rates = all_rates(parts, Rates(self.scale_rate, self.rate, self.weight_rate), self.frozen)
-                problem = whole_problem(program, parts, walked, rates, self.loss, ctx, self.recompute)
-        return parts, problem
+        return staged_problem(program, ctx, self.name, partial(self._part, program), both, self._course())
 
-    def _trained(self, program: Program, ctx: Context) -> tuple[list[TrainedSites], Outcome]:
-        parts, problem = self.problem(program, ctx)
-        step = ctx.log.progress(self.epochs * len(split(problem.batches)[0]), self.name)
-        with products_in(ctx.precision):
-            recipe = Recipe(self.epochs, self.last_rate, warmup=self.warmup)
-            outcome = train(problem, recipe, ctx.seed, step, _within(ctx.work, "whole"))
-        problem.release()
-        return parts, outcome
+    def _course(self) -> WholeCourse:
+        rates = Rates(self.scale_rate, self.rate, self.weight_rate)
+        recipe = Recipe(self.epochs, self.last_rate, warmup=self.warmup)
+        return WholeCourse(self.loss, rates, recipe, self.recompute, self.frozen)
 
     def _part(self, program: Program, walked: Step, ctx: Context) -> TrainedSites:
         """Return a block's weights as they are trained end to end, after training them in their block where asked."""
@@ -210,7 +200,3 @@ class L4q(Pass):
 
 def _nodes(program: Program) -> list[fx.Node]:
     return [node for block in blocks(program) for node in block.nodes]
-
-
-def _within(work: Path | None, name: str) -> Path | None:
-    return None if work is None else work / name

@@ -44,7 +44,7 @@ def begun_sites(
     """
     if begin == "gptq":
         return _swept(program, walked, sites, grids, by, **how)
-    energies = _energies(walked, sites) if begin == "hessian" else {}
+    energies = input_energies(walked, sites) if begin == "hessian" else {}
     weights, seed = [], how.pop("seed", 0)
     for place, (site, asked) in enumerate(zip(sites, grids, strict=True)):
         base, mask = base_of(program, site, by), mask_of(program, site)
@@ -105,7 +105,7 @@ def _levels(codes: QuantCodes, grid: Grid) -> tuple[Tensor, Tensor | None]:
     return scales, zeros if grid.offset == "zero" else scales * (grid.center - zeros)
 
 
-def _energies(walked: Step, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
+def input_energies(walked: Step, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
     """Return the sum of squares of each input of the float model's linears, [K], by site."""
     inputs = {str(site.node.args[0]): torch.zeros(site.inputs) for site in sites}
 

@@ -25,8 +25,10 @@ from passes.training.trained_codes import (
     TrainedCodes,
     flipped,
 )
+from passes.training.trained_planes import BoundPlanes, TrainedPlanes
 
-Weight = TrainedCodes | AddedWeight
+Rounded = TrainedCodes | TrainedPlanes
+Weight = Rounded | AddedWeight
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class TrainedSites:
                 found[f"{site.weight}/{part}"] = 0.0 if kept else rates.of(part)
         return found
 
-    def params(self, state: Mapping[str, Tensor]) -> dict[str, Bound | Added]:
+    def params(self, state: Mapping[str, Tensor]) -> dict[str, Bound | BoundPlanes | Added]:
         """Return the weights under a state."""
         return {site.weight: weight.bound(state_of(state, site)) for site, weight in self._pairs()}
 
@@ -79,7 +81,7 @@ class TrainedSites:
         """
         found = {}
         for site, weight in self._pairs():
-            assert isinstance(weight, TrainedCodes)
+            assert not isinstance(weight, AddedWeight)
             codes, first = weight.stored(state_of(state, site)), weight.stored(weight.start())
             error = _relative(floats.params.get(site.weight), codes.dequantize())
             row = figures(codes.stored_bits, site.rows, site.inputs, error)
@@ -88,9 +90,9 @@ class TrainedSites:
 
     def settled(self, state: Mapping[str, Tensor], **how: Any) -> TrainedSites:
         """Return the weights under a state as the start of other training, codes as they are; how: as for weights."""
-        weights, seed = [], how.pop("seed", 0)
+        weights, seed = list[Rounded](), how.pop("seed", 0)
         for place, (site, weight) in enumerate(self._pairs()):
-            assert isinstance(weight, TrainedCodes)
+            assert not isinstance(weight, AddedWeight)
             weights.append(weight.settled(state_of(state, site), seed=seed + place, **how))
         return TrainedSites(self.sites, tuple(weights))
 
@@ -104,7 +106,7 @@ class TrainedSites:
     def round_in(self, program: Program, state: Mapping[str, Tensor], by: str) -> None:
         """Put the weights under a state in place as floats, for what reads them next."""
         for site, weight in self._pairs():
-            assert isinstance(weight, TrainedCodes)
+            assert not isinstance(weight, AddedWeight)
             with torch.no_grad():
                 program.params.put(site.weight, weight.bound(state_of(state, site)).dense(), by)
 

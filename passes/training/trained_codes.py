@@ -196,14 +196,14 @@ class TrainedCodes:
         centers, offsets = torch.full_like(self.scales, self.grid.center), torch.zeros_like(self.scales)
         if self.offsets is not None and self.grid.offset == "zero":
             points = self.offsets + state.get(OFFSETS, 0.0)
-            centers = _straight(points, points.detach().clamp(0, self.grid.top).round())
+            centers = straight(points, points.detach().clamp(0, self.grid.top).round())
         elif self.offsets is not None:
             offsets = self.offsets + state.get(OFFSETS, 0.0) * self.scales
         if self.domain == "group" and UP in state:
             offsets = offsets + self.factor * state[UP] @ state[DOWN]
         with torch.no_grad():
             stored, at = self._representable(scales, offsets)
-        return _straight(scales, stored), centers, _straight(offsets, at)
+        return straight(scales, stored), centers, straight(offsets, at)
 
     def _representable(self, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nearest scales and offsets that can be stored."""
@@ -270,7 +270,7 @@ def first_addition(rows: int, inputs: int, rank: int, seed: int, dtype: torch.dt
     return {DOWN: (2 * drawn - 1) / inputs**0.5, UP: torch.zeros(rows, rank, dtype=dtype)}
 
 
-def _straight(value: Tensor, stored: Tensor) -> Tensor:
+def straight(value: Tensor, stored: Tensor) -> Tensor:
     """Return `stored`, with the gradient of what it was."""
     return value + (stored - value).detach()
 
