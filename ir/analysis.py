@@ -273,6 +273,8 @@ def between(program: Program, entry: fx.Node, exit_node: fx.Node, outside: set[f
 
 
 BRANCH = ".branch"
+# Key of `Program.attributes`: {site: number of weights it stands for}, where factors took the place of whole ones.
+FACTORED = "factored"
 
 
 def is_branch(node: fx.Node) -> bool:

@@ -25,6 +25,7 @@ _BUILT_IN = {
     "bits": "passes.bits:Bits",
     "shiftadd": "passes.shiftadd:ShiftAdd",
     "sparse": "passes.sparse:Sparse",
+    "svd": "passes.svd:Svd",
     "slorb": "passes.slorb:Slorb",
     "ast": "passes.ast:Ast",
     "rtn": "passes.rtn:Rtn",
@@ -39,6 +40,7 @@ _BUILT_IN = {
     "kv": "passes.kv:Kv",
     "tune-scales": "passes.tune_scales:TuneScales",
     "slim": "passes.slim:Slim",
+    "lowrank": "passes.lowrank:Lowrank",
     "to-shiftadd": "passes.to_shiftadd:ToShiftadd",
     "pack": "passes.pack:Pack",
 }

@@ -77,7 +77,7 @@ class Slim(Pass):
                 site = _site(node)
                 error = self._error(program, ctx.original, node, floats[site.name])
                 if found is None:
-                    up, down = weighed_error(error, gram.matrix.diagonal(), self._rank(site))
+                    up, down = self.factors(error, gram, self._rank(site))
                     branch = Branch(up.float(), down.float())
                     kept |= {f"{node.name}/up": branch.up, f"{node.name}/down": down.float()}
                 else:
@@ -86,6 +86,10 @@ class Slim(Pass):
             if found is None:
                 save_block(ctx.work, walked.block.index, kept, {})
         pack_branches(program, self.branches, self.name, ctx)
+
+    def factors(self, error: Tensor, gram: Gram, rank: int) -> tuple[Tensor, Tensor]:
+        """Return factors up [N, r] and down [r, K] for what coding took, [N, K]."""
+        return weighed_error(error, gram.matrix.diagonal(), rank)
 
     def _rank(self, site: LinearSite) -> int:
         return max(1, int(self.ratio * min(site.rows, site.inputs)))

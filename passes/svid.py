@@ -56,7 +56,9 @@ class Svid(Pass):
         for group in found.of(*self.sites):
             columns, gone = column_factors(program, group, self.rounds)
             annotate(program, group, 1 / columns, self.name)
-            ctx.log.report(site=group.site, smallest=float(columns.min()), largest=float(columns.max()), error_left=gone)
+            ctx.log.report(
+                site=group.site, smallest=float(columns.min()), largest=float(columns.max()), error_left=gone
+            )
 
 
 def column_factors(program: Program, group: EquivGroup, rounds: int) -> tuple[Tensor, float]:

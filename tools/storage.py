@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 import ir.ops  # noqa: F401 - registers the nomul operators
-from ir.analysis import is_branch, linear_sites, site_name
+from ir.analysis import FACTORED, is_branch, linear_sites, site_name
 from ir.decode import arguments, code_nodes
 from ir.program import Program, is_call, tensor_type_of
 from ir.text import op_name
@@ -23,7 +23,8 @@ class Site:
     """One linear: its operator, shape [rows, inputs], and what is stored for its weight (its bias excluded).
 
     bits: width of a code, or None; planes, group: of shift-add and grouped codes, or None; stored_bytes: all tensors;
-    branch: whether it lies beside another linear, to which it adds.
+    branch: whether it lies beside another linear, to which it adds; stands_for: how many weights the linear has that it
+    is a factor of, None where it is whole.
     """
 
     name: str
@@ -35,11 +36,13 @@ class Site:
     group: int | None
     stored_bytes: int
     branch: bool = False
+    stands_for: int | None = None
 
     @property
     def weights(self) -> int:
         """Number of the model's weights that the site stands for: none on a branch beside another."""
-        return 0 if self.branch else self.rows * self.inputs
+        whole = self.rows * self.inputs if self.stands_for is None else self.stands_for
+        return 0 if self.branch else whole
 
     @property
     def bits_per_weight(self) -> float:
@@ -95,7 +98,7 @@ def storage(program: Program, written: bool = False) -> Storage:
     """
     compressed = {node: _code_params(node) for node in program.graph.nodes if _is_compressed(node)}
     floats = {site.node: site for site in linear_sites(program, program.graph.nodes)[0]}
-    sites = []
+    sites, factored = [], program.attributes.get(FACTORED, {})
     for node in program.graph.nodes:
         if node in compressed:
             sites.append(_compressed_site(program, node, compressed[node], written))
@@ -103,12 +106,13 @@ def storage(program: Program, written: bool = False) -> Storage:
             site = floats[node]
             size = _stored_bytes(program, [site.weight], written)
             place = (site.name, op_name(node.target), site.rows, site.inputs)
-            sites.append(Site(*place, None, None, None, size, is_branch(node)))
+            sites.append(Site(*place, None, None, None, size, is_branch(node), factored.get(site.name)))
     coded = {name for names in compressed.values() for name in names}
     coded |= {site.weight for site in floats.values() if is_branch(site.node)}
     plain = [name for name in program.params if name not in coded]
     dense = sum(math.prod(int(d) for d in program.params.type_of(name).dims) for name in plain)
     weights = dense + sum(s.weights for s in sites if s.compressed)
+    weights += sum(s.weights - s.rows * s.inputs for s in sites if not s.compressed and s.stands_for is not None)
     return Storage(tuple(sites), _stored_bytes(program, program.params, written), weights)
 
 
@@ -126,7 +130,8 @@ def _compressed_site(program: Program, node: fx.Node, names: list[str], written:
     size = _stored_bytes(program, names, written)
     plane_count = None if planes is None else int(planes)
     place = (site_name(node), op_name(node.target), rows, inputs)
-    return Site(*place, figures["bits"], plane_count, figures["group"], size, is_branch(node))
+    stands_for = program.attributes.get(FACTORED, {}).get(site_name(node))
+    return Site(*place, figures["bits"], plane_count, figures["group"], size, is_branch(node), stands_for)
 
 
 def _code_params(node: fx.Node) -> list[str]:

@@ -58,6 +58,20 @@ def weighed_error(error: Tensor, energy: Tensor, rank: int) -> tuple[Tensor, Ten
     return up, down / strength
 
 
+def whitened(matrix: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors up [N, r] and down [r, K] whose outputs come closest to a matrix's, [N, K], on inputs seen.
+
+    gram: sum of x x^T over the inputs, [K, K]; zeros where none were seen, and all count alike then. The truncated
+    decomposition of M H^(1/2), times H^(-1/2) (SVD-LLM, 2403.07378, section 3.1). All in float64.
+    """
+    if not bool(gram.any()):
+        return truncated(matrix.double(), rank)
+    values, basis = torch.linalg.eigh(gram.double())
+    strength = values.clamp_min(_WEAKEST * float(values.mean())).sqrt()
+    up, down = truncated((matrix.double() @ basis) * strength, rank)
+    return up, (down / strength) @ basis.T
+
+
 def _strength(inputs: int, energy: Tensor | None) -> Tensor:
     """Return the square roots of the inputs' energies, none too small to divide by; ones where none is known."""
     if energy is None or not bool(energy.any()):
