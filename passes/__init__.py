@@ -34,6 +34,7 @@ _BUILT_IN = {
     "cbq": "passes.cbq:Cbq",
     "blockap": "passes.blockap:BlockAp",
     "l4q": "passes.l4q:L4q",
+    "roste": "passes.roste:Roste",
     "rabit": "passes.rabit:Rabit",
     "onebit": "passes.onebit:Onebit",
     "act": "passes.act:Act",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,8 +10,11 @@ from torch import fx
 
 from ir.analysis import LinearSite, blocks
 from ir.errors import UnsupportedError
+from ir.ops.tokens import CODING
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
+from passes.coded_values import code_values
+from passes.presets import FLOAT
 from passes.sites import check_group, check_patterns, check_skip, choose_sites, outside_blocks
 from passes.solved import put_solved
 from passes.sparsify.masks import pattern_at
@@ -27,8 +30,6 @@ from passes.training.staged import WholeCourse, figures_of, staged_problem, trai
 from passes.training.trained_codes import Grid, Offset, Place
 from passes.widths import width_of
 
-# The width at which nothing is rounded.
-FLOAT = 16
 # Share of the learning rates at the end of each block's training.
 _WARM_END = 0.05
 
@@ -69,6 +70,8 @@ class L4q(Pass):
     frozen: tuple[str, ...] = field(
         default=(), metadata={"help": "sites of which scales alone are trained end to end, `*` stands for any text"}
     )
+    act: int = field(default=FLOAT, metadata={"help": "bits of what linears read, 2 to 8; 16 leaves it in float"})
+    kv: int = field(default=FLOAT, metadata={"help": "bits of the key/value cache, likewise"})
     loss: WholeLoss = field(default="kl", metadata={"help": "towards the float model's predictions, or the text"})
     epochs: int = field(default=1, metadata={"help": "times every sample is trained on"})
     batch: int = field(default=1, metadata={"help": "samples a step"})
@@ -98,6 +101,9 @@ class L4q(Pass):
             raise OptionError(self.name, "bits", f"{self.bits} is neither 2..8 nor {FLOAT}")
         if self.bits == FLOAT and not self.rank:
             raise OptionError(self.name, "rank", "without rounding and addition there is nothing to train")
+        for option in ("act", "kv"):
+            if getattr(self, option) not in (FLOAT, *range(2, 9)):
+                raise OptionError(self.name, option, f"{getattr(self, option)} is neither 2..8 nor {FLOAT}")
         for option in ("warm", "whole"):
             if self.bits == FLOAT and getattr(self, option):
                 raise OptionError(self.name, option, "without rounding additions alone are trained")
@@ -110,6 +116,10 @@ class L4q(Pass):
         for option, low, high in (*counts, *shares, *others):
             if not low <= getattr(self, option) <= high:
                 raise OptionError(self.name, option, f"{getattr(self, option)} is outside {low}..{high}")
+
+    def inserts(self) -> frozenset[str]:
+        """Return the operators that code tokens, where activations or caches are to be."""
+        return CODING if min(self.act, self.kv) < FLOAT else frozenset()
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return the sites with the bits and bytes their codes will take."""
@@ -130,6 +140,8 @@ class L4q(Pass):
             raise UnsupportedError("there is no linear to train", where=program.name)
         outside_blocks(program, _nodes(program), self.skip, ctx)
         rows, floats = by_rows(ctx, self.batch), program.clone()
+        code_values(program, self.act, self.kv, self.skip, ctx)
+        rows = replace(rows, original=rows.original or floats)
         parts, problem = self.problem(program, rows)
         outcome = trained_stages(problem, rows, self.name, self._course())
         report_outcome(ctx, program.name, outcome)

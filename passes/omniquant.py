@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor, fx
 from ir.analysis import Block, LinearSite, blocks
 from ir.ops.tokens import CODING
 from ir.program import Program
-from passes.act import Act
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage, Trial
 from passes.checkpoint import has_block
+from passes.coded_values import code_values
 from passes.equiv.discover import discover
 from passes.equiv.groups import EquivGroup, Kind
 from passes.equiv.untied import untied
-from passes.kv import Kv
 from passes.learned_block import LearnedBlock
 from passes.peaks import extremes, keeping, smoothing_scales
 from passes.presets import FAST_EPOCHS, FLOAT, PRESETS, Preset, Settled
@@ -163,7 +162,7 @@ class Omniquant(Pass):
             if group.site not in inside:
                 ctx.log.skip(group.site, "it does not lie in one repeated block")
         original = program.clone()
-        self._code_values(program, settled, ctx)
+        code_values(program, settled.act, settled.kv, self.skip, ctx)
         rows = by_rows(ctx, self.batch)
         for walked in walk(program, rows, "both", self.name, original):
             groups, mark = self._inside(wanted, walked.block), ctx.log.mark()
@@ -174,13 +173,6 @@ class Omniquant(Pass):
             parts = transforms(program, groups, self.shift, self.name)
             floats, solved = LearnedBlock(self, settled, program, walked, parts, ctx).solve(scales)
             save_solved(ctx, walked.block.index, solved, floats, ctx.log.since(mark))
-
-    def _code_values(self, program: Program, settled: Settled, ctx: Context) -> None:
-        """Let linears and caches of the program read codes, which training then sees."""
-        if settled.act < FLOAT:
-            Act(settled.act, skip=self.skip).run(program, replace(ctx, log=ctx.log.of(Act.name)))
-        if settled.kv < FLOAT:
-            Kv(settled.kv).run(program, replace(ctx, log=ctx.log.of(Kv.name)))
 
     def _restore(self, program: Program, parts: Transforms, block: Block, ctx: Context) -> None:
         """Put what an earlier run made of a block in place."""

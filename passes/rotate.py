@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import fx
@@ -14,6 +15,7 @@ from ir.program import Program
 from passes.base import Calib, Context, Log, OptionError, Pass, PlanRow, Stage
 from passes.learned_rotation import LearnSpec, coders, learned_plan
 from passes.rotation import RotationPlan, Side, plan_rotation, write_rotation
+from passes.rotation_choice import idle_rotations
 from passes.sites import check_skip, choose_sites, outside_blocks
 
 
@@ -42,6 +44,10 @@ class Rotate(Pass):
     loss: Literal["kl", "ce"] = field(
         default="kl", metadata={"help": "towards the float model's predictions there, or towards the text"}
     )
+    choose: int = field(
+        default=0,
+        metadata={"help": "bits of weights and inputs, 2 to 8: turn only what lowers their error then; 0 turns all"},
+    )
     side: Side = field(default="inputs", metadata={"help": "both: outputs as well, turned back by an operator each"})
 
     name: ClassVar[str] = "rotate"
@@ -53,8 +59,8 @@ class Rotate(Pass):
     exact: ClassVar[bool] = True
 
     def needs(self) -> Calib | None:
-        """Return the float stream where rotations are learned, and nothing otherwise."""
-        return Calib("float", gradients=True) if self.learn else None
+        """Return the float stream where rotations are learned or chosen, and nothing otherwise."""
+        return Calib("float", gradients=self.learn > 0) if self.learn or self.choose else None
 
     def validate(self) -> None:
         """Raise OptionError for values training cannot have."""
@@ -62,6 +68,8 @@ class Rotate(Pass):
             value = getattr(self, option)
             if not low <= value <= high:
                 raise OptionError(self.name, option, f"{value} is outside {low}..{high}")
+        if self.choose not in (0, *range(2, 9)):
+            raise OptionError(self.name, "choose", f"{self.choose} is neither 2..8 nor 0")
         if self.learn and self.side != "inputs":
             raise OptionError(self.name, "learn", "rotations are learned on the side of inputs alone")
 
@@ -76,25 +84,28 @@ class Rotate(Pass):
 
     def plan(self, program: Program) -> list[PlanRow]:
         """Return a row per linear to be rotated, and one per operator with its additions a token."""
-        plan = self._planned(program)
+        plan = self._planned(program, {})
         rows = [PlanRow(s.name, "rotate", {"order": float(plan.order(s))}) for s in plan.turns]
         rows += [PlanRow(t.sites[0].name, "insert nomul.hadamard", {"adds": float(t.adds)}) for t in plan.online]
         ends = [(value.name, found.adds) for found in plan.streams for value, _ in found.ends]
         return [*rows, *(PlanRow(name, "insert nomul.hadamard", {"adds": float(adds)}) for name, adds in ends)]
 
-    def _planned(self, program: Program, log: Log | None = None) -> RotationPlan:
+    def _planned(self, program: Program, without: Mapping[str, str], log: Log | None = None) -> RotationPlan:
         """Return the rotation of the linears of the repeated blocks; log: where those left alone are recorded."""
         sites = choose_sites(program, _block_nodes(program), self.skip, Context(log=log or Log()))
-        return plan_rotation(program, sites, self.seed, self.online, self.side, self.residual)
+        return plan_rotation(program, sites, self.seed, self.online, self.side, self.residual, without)
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rotate the linears of the repeated blocks; those outside stay, as nothing quantises them."""
         check_skip(program, self.skip, self.name)
-        plan = self._planned(program, ctx.log)
+        idle: dict[str, str] = {}
+        if self.choose:
+            idle = idle_rotations(program, partial(self._planned, program), self.choose, ctx, self.name)
+        plan = self._planned(program, idle, ctx.log)
         outside_blocks(program, _block_nodes(program), self.skip, ctx)
         if self.learn:
             spec = LearnSpec(self.learn, self.batch, self.rate, self.loss)
-            plan = learned_plan(program, self._planned, spec, ctx, self.name)
+            plan = learned_plan(program, partial(self._planned, without=idle), spec, ctx, self.name)
         done = write_rotation(program, plan, self.name)
         for site, reason in done.left:
             ctx.log.skip(site, reason)

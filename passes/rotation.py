@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -26,6 +27,8 @@ Side = Literal["inputs", "both"]
 
 # Key of `Program.attributes`: names of linears whose inputs are in a random basis already.
 ROTATED = "rotated"
+# What a plan calls the residual stream.
+STREAM = "residual stream"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +49,22 @@ class OnlineTurn:
 
 @dataclass(frozen=True, eq=False)
 class RotationPlan:
-    """What is to be turned: each linear's weight, by which operators at run time, and (site, reason) of what is not."""
+    """What is to be turned: each linear's weight, by which operators at run time, and (site, reason) of what is not.
+
+    parts: the same turns by what turns together, under the names of `plan_rotation`.
+    """
 
     turns: dict[LinearSite, list[Turn | Mix]] = field(default_factory=dict)
     streams: list[StreamTurn] = field(default_factory=list)
     values: list[ValueHeads] = field(default_factory=list)
     online: list[OnlineTurn] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
+    parts: dict[str, list[tuple[LinearSite, Turn | Mix]]] = field(default_factory=dict)
+
+    def add(self, part: str, site: LinearSite, *turns: Turn | Mix) -> None:
+        """Turn a site, as one of those that turn together."""
+        self.turns.setdefault(site, []).extend(turns)
+        self.parts.setdefault(part, []).extend((site, turn) for turn in turns)
 
     def order(self, site: LinearSite) -> int:
         """Return the order of the rotation of a site's inputs, 1 where only its outputs turn."""
@@ -121,16 +133,22 @@ def plan_rotation(
     online: bool = True,
     side: Side = "inputs",
     residual: bool = False,
+    without: Mapping[str, str] = MappingProxyType({}),
 ) -> RotationPlan:
-    """Return what `rotate_sites` would do, changing nothing."""
+    """Return what `rotate_sites` would do, changing nothing.
+
+    without: what is not to be turned, with the reason: `residual stream`, `<site>/values` for the values that an
+    attention's output reads, `<value>/inputs` for the linears that read one value, and `<site>/outputs`.
+    """
     plan = RotationPlan()
+    plan.left.extend(without.items())
     before = set(program.attributes.get(ROTATED, []))
     plan.left.extend((s.name, "its inputs are rotated already") for s in sites if s.node.name in before)
     own = {s.node: s for s in sites if s.node.name not in before}
     heads, blocked = value_heads(program, own)
     for found in heads:
-        _turn_values(plan, found, own, seed)
-    if residual:
+        _turn_values(plan, found, own, seed, without)
+    if residual and STREAM not in without:
         _turn_stream(plan, program, own, seed, online)
     read = [s for s in own.values() if not _covered(plan, s, "cols", s.inputs)]
     if not online:
@@ -138,25 +156,26 @@ def plan_rotation(
         plan.left.extend((s.name, "only an operator at run time could turn its inputs") for s in read)
         return plan
     for group in sibling_sites(read):
-        _turn_inputs(plan, group, seed)
+        _turn_inputs(plan, group, seed, without)
     if side == "both":
         for site in own.values():
-            _turn_outputs(plan, site, seed)
+            _turn_outputs(plan, site, seed, without)
     return plan
 
 
-def _turn_values(plan: RotationPlan, found: ValueHeads, own: dict[fx.Node, LinearSite], seed: int) -> None:
+def _turn_values(
+    plan: RotationPlan, found: ValueHeads, own: dict[fx.Node, LinearSite], seed: int, without: Mapping[str, str]
+) -> None:
     """Turn the values of each head where they are made and back where they are read, orthonormal on both sides."""
-    order = block_order(found.width)
-    if order == 1:
+    order, place = block_order(found.width), f"{site_name(found.sinks[0].node)}/values"
+    if order == 1 or place in without:
         return
-    place = f"{site_name(found.sinks[0].node)}/values"
     signs = random_signs(seed, place, found.count * found.width).view(found.count, found.width)
     plan.values.append(found)
     for axis, slots in (("rows", found.sources), ("cols", found.sinks)):
         for slot in slots:
             turn = Turn(axis, slot.channels.flatten(), signs[slot.heads].flatten(), order, order**-0.5)  # type: ignore[arg-type]
-            plan.turns.setdefault(own[slot.node], []).append(turn)
+            plan.add(place, own[slot.node], turn)
 
 
 def _turn_stream(
@@ -166,14 +185,14 @@ def _turn_stream(
     try:
         found = stream_turn(program, own, seed, online)
     except Blocked as reason:
-        plan.left.append(("residual stream", str(reason)))
+        plan.left.append((STREAM, str(reason)))
         return
     plan.streams.append(found)
     for site, axis in found.sides():
-        plan.turns.setdefault(site, []).extend(found.chain(axis))
+        plan.add(STREAM, site, *found.chain(axis))
 
 
-def _turn_inputs(plan: RotationPlan, group: Sequence[LinearSite], seed: int) -> None:
+def _turn_inputs(plan: RotationPlan, group: Sequence[LinearSite], seed: int, without: Mapping[str, str]) -> None:
     """Turn what sites read, all channels together, or leave them where no order fits."""
     width, order = group[0].inputs, block_order(group[0].inputs)
     if order == 1:
@@ -181,15 +200,20 @@ def _turn_inputs(plan: RotationPlan, group: Sequence[LinearSite], seed: int) -> 
         return
     source = group[0].node.args[0]
     assert isinstance(source, fx.Node)
-    signs = random_signs(seed, f"{source.name}/inputs", width)
+    place = f"{source.name}/inputs"
+    if place in without:
+        return
+    signs = random_signs(seed, place, width)
     plan.online.append(OnlineTurn(tuple(group), width, order, signs, transposed=False))
     for site in group:
-        plan.turns.setdefault(site, []).append(Turn("cols", torch.arange(width), signs, order, 1 / order))
+        plan.add(place, site, Turn("cols", torch.arange(width), signs, order, 1 / order))
 
 
-def _turn_outputs(plan: RotationPlan, site: LinearSite, seed: int) -> None:
+def _turn_outputs(plan: RotationPlan, site: LinearSite, seed: int, without: Mapping[str, str]) -> None:
     """Turn what a site gives, unless its rows make values that are turned anyway."""
-    order = block_order(site.rows)
+    order, place = block_order(site.rows), f"{site.node.name}/outputs"
+    if place in without:
+        return
     if _covered(plan, site, "rows", site.rows):
         return
     if order == 1:
@@ -198,9 +222,9 @@ def _turn_outputs(plan: RotationPlan, site: LinearSite, seed: int) -> None:
     if site.bias is not None and site.bias.op != "get_attr":
         plan.left.append((site.name, "its bias is computed, so its outputs are not turned"))
         return
-    signs = random_signs(seed, f"{site.node.name}/outputs", site.rows)
+    signs = random_signs(seed, place, site.rows)
     plan.online.append(OnlineTurn((site,), site.rows, order, signs, transposed=True))
-    plan.turns.setdefault(site, []).append(Turn("rows", torch.arange(site.rows), signs, order, 1 / order))
+    plan.add(place, site, Turn("rows", torch.arange(site.rows), signs, order, 1 / order))
 
 
 def _covered(plan: RotationPlan, site: LinearSite, axis: str, count: int) -> bool:

@@ -66,6 +66,16 @@ def turned_weight(weight: Tensor, turns: Iterable[Turn | Mix]) -> Tensor:
     return weight
 
 
+def turned_inputs(x: Tensor, turns: Iterable[Turn | Mix]) -> Tensor:
+    """Return inputs [..., K] that give a linear whose columns are turned so what x gave it before."""
+    for turn in turns:
+        if turn.axis == "cols":
+            x = _replaced(x, turn)
+            if isinstance(turn, Turn):  # W D H^T s needs H D x / (s order)
+                x = x.index_copy(-1, turn.channels, x[..., turn.channels] / (turn.scale**2 * turn.order))
+    return x
+
+
 def turned_bias(bias: Tensor, turns: Iterable[Turn | Mix]) -> Tensor:
     """Return the bias [N] of such a weight, which follows the rows."""
     for turn in turns:
