@@ -99,15 +99,14 @@ def test_columns_fold_away_exactly(tiny_model: Program) -> None:
 
 def test_column_factors_are_those_of_a_product(tiny_model: Program) -> None:
     """Weights that are a product of a row, a column and signs have no error left, and give their columns back."""
-    for group in discover(tiny_model).of("norm->linears", "v->o", "up->down"):
+    program = tiny_model.clone()
+    for group in discover(program).of("norm->linears", "v->o", "up->down"):
         columns = 1.0 + draw_positive(group.size)
         for i, slot in enumerate(group.sinks):
-            shape = tiny_model.params.type_of(slot.weight).dims
+            shape = program.params.type_of(slot.weight).dims
             rows, signs = draw_positive(int(shape[0])), torch.randn(*map(int, shape)).sign()
-            tiny_model.params.put(
-                slot.weight, (rows[:, None] * expand(slot.tie, columns) * signs).float() * (i + 1), "t"
-            )
-        found, left = column_factors(tiny_model, group, 4)
+            program.params.put(slot.weight, (rows[:, None] * expand(slot.tie, columns) * signs).float() * (i + 1), "t")
+        found, left = column_factors(program, group, 4)
         torch.testing.assert_close(found, columns / columns.log().mean().exp(), rtol=1e-5, atol=0)
         assert left < 1e-10
 
@@ -117,25 +116,26 @@ def draw_positive(count: int) -> torch.Tensor:
 
 
 def test_columns_of_zeros_have_factor_one(tiny_model: Program) -> None:
-    (group, *_) = discover(tiny_model).of("norm->linears")
+    program = tiny_model.clone()
+    (group, *_) = discover(program).of("norm->linears")
     for slot in group.sinks:
-        weight = tiny_model.params.get(slot.weight).clone()
+        weight = program.params.get(slot.weight).clone()
         weight[:, 3] = 0
-        tiny_model.params.put(slot.weight, weight, "t")
-    columns, _ = column_factors(tiny_model, group, 8)
+        program.params.put(slot.weight, weight, "t")
+    columns, _ = column_factors(program, group, 8)
     assert bool(torch.isfinite(columns).all()) and bool((columns > 0).all())
 
 
 def test_uneven_columns_are_where_it_helps(tiny_model: Program) -> None:
     """Columns of other sizes are what scales of rows cannot follow."""
-    (group, *_) = discover(tiny_model).of("norm->linears")
+    program = tiny_model.clone()
+    (group, *_) = discover(program).of("norm->linears")
     for slot in group.sinks:
-        weight = tiny_model.params.get(slot.weight)
+        weight = program.params.get(slot.weight)
         uneven = torch.linspace(-1.5, 1.5, weight.shape[1]).exp()
-        tiny_model.params.put(slot.weight, weight * uneven, "t")
+        program.params.put(slot.weight, weight * uneven, "t")
     plain, evened = (
-        distance(run(tiny_model, f"{before}onebit{{warm=0 epochs=0}}", LONG)[0], tiny_model)
-        for before in ("", "svid,fold,")
+        distance(run(program, f"{before}onebit{{warm=0 epochs=0}}", LONG)[0], program) for before in ("", "svid,fold,")
     )
     assert evened < plain
 

@@ -64,12 +64,13 @@ def test_what_turns_rounds_better(name: str) -> None:
 
 def test_outliers_are_turned(tiny_model: Program) -> None:
     """One channel of the values that `down_proj` reads is made loud, by weights before it."""
+    program = tiny_model.clone()
     for site in (s for s in SITES if "down_proj" in s):
         up = site.replace("down_proj", "up_proj")
-        weight = tiny_model.params.get(f"{up}.weight").clone()
+        weight = program.params.get(f"{up}.weight").clone()
         weight[3] *= 100.0
-        tiny_model.params.put(f"{up}.weight", weight, "t")
-    found, log = run(tiny_model, "fold,rotate{choose=4}", LONG[:1])
+        program.params.put(f"{up}.weight", weight, "t")
+    found, log = run(program, "fold,rotate{choose=4}", LONG[:1])
     inputs = {site: pair for site, pair in errors(log).items() if "mlp_mul" in site}
     assert len(inputs) == 2 and all(after < 0.8 * before for before, after in inputs.values())
     assert sum(is_call(n, nomul.hadamard) for n in found.graph.nodes) >= 2
@@ -93,8 +94,7 @@ def test_what_does_not_pay_is_left(tiny_model: Program, part: str, monkeypatch: 
     found, log = run(tiny_model, "fold,rotate{choose=4}", LONG[:1])
     assert [d.site for d in log.diagnostics if "does not lower" in d.reason].count(part) == 1
     asked = list(errors(log))
-    assert asked[: len(names)] == names and len(asked) == calls
-    assert (calls > len(names)) == ("mlp" not in part)
+    assert len(asked) == calls and set(names[: names.index(part) + 1]) <= set(asked)
     torch.testing.assert_close(logits(found, LONG[0][:2]), logits(whole, LONG[0][:2]), rtol=1e-4, atol=1e-4)
     same = all(torch.equal(found.params.get(f"{s}.weight"), whole.params.get(f"{s}.weight")) for s in SITES)
     assert not same

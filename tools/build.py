@@ -100,6 +100,7 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
     from passes.memory import PeakMemory
     from passes.pipeline import check
     from tools.estimate import check_resources, estimate
+    from tools.self_text import SELF
     from tools.text import load_text
     from tools.work import work_folder
 
@@ -108,7 +109,8 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
     for line in planned.notes:
         note(line)
     # A text that cannot be read is found out before a model is traced.
-    load_text(options.calib)
+    if options.calib != SELF:
+        load_text(options.calib)
     with PeakMemory() as peak:
         with clock.phase("open"):
             model = open_model(options.model, note)
@@ -132,8 +134,12 @@ def _data(model: Model, pipeline: Pipeline, options: BuildOptions) -> TokenData 
     """Return calibration and held-out tokens; None when no pass needs data and the model has no tokenizer."""
     from frontend.tokenizer import load_tokenizer
     from tools.calibration import token_data
+    from tools.self_text import SELF, self_data
 
     needed = any(pass_.needs() is not None for pass_ in pipeline.passes())
+    if options.calib == SELF:
+        _check_context(model, options.seqlen)
+        return self_data(model.program, options.samples if needed else 1, options.seqlen, options.seed)
     try:
         tokenizer = load_tokenizer(model.path)
     except UnsupportedError as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _BATCH_TOKENS = 4096
-_HELD_OUT_WINDOWS, _HELD_OUT_LENGTH = 8, 256
+HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 8, 256
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def token_data(tokenizer: Any, spec: str, samples: int, seqlen: int, seed: int) 
     split = len(ids) * 9 // 10
     windows, marks = (x[: split // seqlen * seqlen].view(-1, seqlen) for x in (ids, counted))
     rest = ids[split:]
-    length = min(_HELD_OUT_LENGTH, seqlen)
+    length = min(HELD_OUT_LENGTH, seqlen)
     if len(windows) < samples or len(rest) < length:
         raise UsageError(
             f"the calibration text is too short for {samples} samples of {seqlen} tokens",
@@ -75,7 +75,12 @@ def token_data(tokenizer: Any, spec: str, samples: int, seqlen: int, seed: int) 
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
     chosen, known = windows[order], marks[order]
-    held_out = rest[: min(_HELD_OUT_WINDOWS, len(rest) // length) * length].view(-1, length)
-    rows, apart = max(1, _BATCH_TOKENS // seqlen), not bool(counted.all())
+    held_out = rest[: min(HELD_OUT_WINDOWS, len(rest) // length) * length].view(-1, length)
+    apart = not bool(counted.all())
     digest = hashlib.sha256(chosen.numpy().tobytes() + (known.numpy().tobytes() if apart else b"")).hexdigest()
-    return TokenData(tuple(chosen.split(rows)), held_out, digest, tuple(known.split(rows)) if apart else None)
+    return TokenData(in_batches(chosen), held_out, digest, in_batches(known) if apart else None)
+
+
+def in_batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return windows [samples, seqlen] in batches of about as many tokens."""
+    return tuple(windows.split(max(1, _BATCH_TOKENS // windows.shape[1])))

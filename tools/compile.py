@@ -35,8 +35,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--uniform", choices=["own", "contrib"], help=who, **settings)
     level = "of MatMulNBits: 4 takes activations in 8 bits (default), 0 as float (default with --kernel-mode exact)"
     p.add_argument("--accuracy-level", type=int, choices=range(5), help=level, **settings)
-    text = "text that passes look at or learn; .jsonl: a text, or prompt and response, a line"
-    p.add_argument("--calib", default="builtin", metavar="builtin|FILE", help=text)
+    text = (
+        "text that passes look at or learn; .jsonl: a text, or prompt and response, a line; self: the model writes it"
+    )
+    p.add_argument("--calib", default="builtin", metavar="builtin|self|FILE", help=text)
     p.add_argument("--samples", type=int, default=128, help="calibration windows")
     p.add_argument("--seqlen", type=int, default=512, help="tokens a window")
     p.add_argument("--seed", type=int, default=0, help="of the choice of windows, and of every pass")
