@@ -30,6 +30,7 @@ _BUILT_IN = {
     "ast": "passes.ast:Ast",
     "rtn": "passes.rtn:Rtn",
     "gptq": "passes.gptq:Gptq",
+    "billm": "passes.billm:Billm",
     "omniquant": "passes.omniquant:Omniquant",
     "cbq": "passes.cbq:Cbq",
     "blockap": "passes.blockap:BlockAp",

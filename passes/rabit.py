@@ -13,6 +13,7 @@ from ir.analysis import LinearSite, blocks
 from ir.errors import UnsupportedError
 from ir.program import Program
 from passes.base import Calib, Context, OptionError, Pass, PlanRow, Stage
+from passes.quantize.planes import fitted_scales
 from passes.sites import check_group, check_skip, choose_sites, outside_blocks
 from passes.solved import put_solved
 from passes.stream import Step, by_rows
@@ -23,7 +24,7 @@ from passes.training.loop import Recipe
 from passes.training.problems import WholeLoss
 from passes.training.sites import Rates, TrainedSites
 from passes.training.staged import WholeCourse, figures_of, staged_problem, trained_stages
-from passes.training.trained_planes import Planes, TrainedPlanes, fitted_scales
+from passes.training.trained_planes import Planes, TrainedPlanes
 
 # Share of the learning rates at the end of each block's training.
 _WARM_END = 0.05

@@ -12,8 +12,9 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
+from passes.quantize.planes import fitted_scales, residual_signs
 from passes.training.trained_codes import BASE, SCALES, flipped
-from passes.training.trained_planes import Planes, TrainedPlanes, fitted_scales, residual_signs
+from passes.training.trained_planes import Planes, TrainedPlanes
 from tests.solver_problems import draw
 
 

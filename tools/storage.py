@@ -97,6 +97,8 @@ def storage(program: Program, written: bool = False) -> Storage:
     written: as an artifact stores them instead, which decodes the formats of checkpoints.
     """
     compressed = {node: _code_params(node) for node in program.graph.nodes if _is_compressed(node)}
+    for node, names in _indices(compressed).items():
+        compressed[node] = [*compressed[node], *names]
     floats = {site.node: site for site in linear_sites(program, program.graph.nodes)[0]}
     sites, factored = [], program.attributes.get(FACTORED, {})
     for node in program.graph.nodes:
@@ -136,6 +138,18 @@ def _compressed_site(program: Program, node: fx.Node, names: list[str], written:
 
 def _code_params(node: fx.Node) -> list[str]:
     return [str(code.target) for codes in code_nodes(node).values() for code in codes]
+
+
+def _indices(compressed: Iterable[fx.Node]) -> dict[fx.Node, list[str]]:
+    """Return the stored indices by which coded linears pick their inputs, each at the first linear that it serves."""
+    found: dict[fx.Node, list[str]] = {}
+    counted: set[fx.Node] = set()
+    for node in compressed:
+        x = arguments(node)["x"]
+        if is_call(x, torch.ops.aten.index_select) and x.args[2].op == "get_attr" and x.args[2] not in counted:
+            counted.add(x.args[2])
+            found[node] = [str(x.args[2].target)]
+    return found
 
 
 def _stored_bytes(program: Program, names: Iterable[str], written: bool) -> int:

@@ -14,12 +14,11 @@ from torch.nn import functional
 
 from ir.ops.codes import part_types
 from ir.ops.shiftcode import ShiftCodes, decode_scales, encode, rescaled
+from passes.quantize.planes import residual_signs, signed
 from passes.training.trained_codes import BASE, SCALES, straight
 
 # Of scales that float16 holds.
 _TINY, _MOST = 2.0**-24, 65504.0
-# Rounds in which signs and scales are fitted to each other at the start.
-_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -108,51 +107,10 @@ class BoundPlanes:
         return _dense(self.signs(), self.scales)
 
 
-def residual_signs(parts: Tensor, scales: Tensor) -> list[Tensor]:
-    """Return for each plane where what the planes before leave is positive, bool [N, G, group] each.
-
-    parts: weights by groups; scales: [N, G, planes]. Zero counts as positive, so that no sign is without a value.
-    """
-    left, found = parts.clone(), []
-    for scale in scales.unbind(-1):
-        found.append(left >= 0)
-        left -= _signed(found[-1], scale)
-    return found
-
-
-def fitted_scales(parts: Tensor, planes: int, energy: Tensor | None) -> Tensor:
-    """Return scales [N, G, planes] that leave little of weights by groups [N, G, group], each at least float16's least.
-
-    energy: how much each input counts, [G, group]; None for alike. Signs by `residual_signs` and least squares take
-    turns, from scales that are found plane by plane; the best of all rounds is kept for each group.
-    """
-    weight = torch.ones_like(parts[0]) if energy is None or not bool(energy.any()) else energy.to(parts.dtype)
-    total, left, first = weight.sum(-1).clamp(min=1e-30), parts.clone(), []
-    for _ in range(planes):
-        first.append(((left.abs() * weight).sum(-1) / total).clamp(_TINY, _MOST))
-        left -= _signed(left >= 0, first[-1])
-    scales = best = torch.stack(first, -1)
-    least = torch.full_like(scales[..., 0], torch.inf)
-    for _ in range(_ROUNDS):
-        signs = torch.stack([2.0 * s - 1.0 for s in residual_signs(parts, scales)], -1).to(parts.dtype)
-        error = ((parts - (signs * scales[:, :, None]).sum(-1)).square() * weight).sum(-1)
-        better = error < least
-        least, best = torch.where(better, error, least), torch.where(better[..., None], scales, best)
-        gram = torch.einsum("ngkp,gk,ngkq->ngpq", signs, weight, signs)
-        gram += 1e-6 * total[..., None, None] * torch.eye(planes, dtype=parts.dtype)
-        right = torch.einsum("ngkp,gk,ngk->ngp", signs, weight, parts)
-        scales = torch.linalg.solve(gram, right).clamp(_TINY, _MOST)
-    return best
-
-
-def _signed(positive: Tensor, scale: Tensor) -> Tensor:
-    return torch.where(positive, scale[..., None], -scale[..., None])
-
-
 def _dense(signs: list[Tensor], scales: Tensor) -> Tensor:
     """Return the sum of planes [N, K], rounded once: of two float32 products the sum rounds as the exact one."""
     wide = scales.double() if len(signs) > 2 else scales
-    parts = [_signed(s, scale) for s, scale in zip(signs, wide.unbind(-1), strict=True)]
+    parts = [signed(s, scale) for s, scale in zip(signs, wide.unbind(-1), strict=True)]
     return sum(parts[1:], parts[0]).to(scales.dtype).flatten(1)
 
 
