@@ -31,6 +31,14 @@ PIPELINES = {
     "trits": "shiftadd{bits=2 code=trits group=32 " + QUICK + "}",
     "nested": "shiftadd{nested=[2 3] group=32 " + QUICK + "}",
 }
+# Planes of passes that train or binarise, for one architecture each: what is stored is of kinds that are above.
+RELATIVES = {
+    "rabit": "rabit{warm=0 epochs=0}",
+    "onebit": "svid,fold,onebit{warm=0 epochs=0 terms=2}",
+    "billm": "billm{group=32 salient=0.5}",
+    "svd": "svd{share=0.9 multiple=32},rtn{bits=4 group=32}",
+    "lowrank": "rtn{bits=3 group=32},lowrank",
+}
 # Codes without a tile order, and what is said of them.
 WITHOUT_KERNEL = {
     "lat": ("shiftadd{bits=3 group=64 mode=lat " + QUICK + "}", "groups of 8 inputs are smaller than the 32"),
@@ -49,7 +57,7 @@ def compressed(name: str, pipeline: str) -> Program:
     """Return a tiny model after a pipeline."""
     program, _ = traced(name)
     context = Context(0, Log(), (ids_for(4, 24), ids_for(4, 24, seed=2)), None, False, "float32")
-    text = PIPELINES[pipeline] if pipeline in PIPELINES else WITHOUT_KERNEL[pipeline][0]
+    text = (PIPELINES | RELATIVES)[pipeline] if pipeline not in WITHOUT_KERNEL else WITHOUT_KERNEL[pipeline][0]
     run_pipeline(program, parse(text), context, Settings("off", False, "none", None))
     return program
 
@@ -80,6 +88,18 @@ def test_logits_and_cache_are_those_of_the_same_codes(name: str, pipeline: str, 
         ours = runtime.forward(ids)
         check(ours, theirs, limit)
         check(runtime.forward(more, None, theirs[1]), reference.forward(more, None, theirs[1]), limit)
+
+
+@pytest.mark.parametrize("pipeline", RELATIVES)
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_relatives_run_by_the_same_kernels(name: str, pipeline: str, tmp_path: Path) -> None:
+    program = compressed(name, pipeline)
+    model = emit_program(program, mode="exact")
+    assert node_counts(model)["nomul::TiledLinear"] >= 8 and not detours_of(model)
+    reference, runtime = ReferenceRuntime(program), opened(program, tmp_path, "exact")
+    for batch, seq in ((1, 1), (3, 17)):
+        ids = ids_for(batch, seq)
+        check(runtime.forward(ids), reference.forward(ids), LIMITS["exact"])
 
 
 @pytest.mark.parametrize("pipeline", ["rtn3", "shiftadd"])

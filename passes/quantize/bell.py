@@ -14,8 +14,10 @@ from passes.quantize.order import Span
 from passes.quantize.planes import fitted_scales, residual_signs, signed
 from passes.quantize.sweep import Laid, sweep
 
-# Counts of salient inputs that are tried, in equal steps up to the largest, each a multiple of this.
-_TRIED, _UNIT = 6, 8
+# Counts of salient inputs that are tried, in equal steps up to the largest.
+_TRIED = 6
+# What such counts are multiples of: as many inputs as kernels take at once, or where so many are not salient, fewer.
+_UNIT, _FEW = 32, 8
 _MOST = 65504.0
 
 
@@ -156,8 +158,9 @@ def _split(chosen: Tensor, others: Tensor, spec: BellSpec) -> Iterator[tuple[Ten
 
 def _counts(inputs: int, share: float) -> list[int]:
     """Return the counts of salient inputs to try; at least one unit, and less than all."""
-    most = max(_UNIT, int(share * inputs) // _UNIT * _UNIT)
-    step = max(_UNIT, most // _TRIED // _UNIT * _UNIT)
+    unit = _UNIT if share * inputs >= _UNIT else _FEW
+    most = max(unit, int(share * inputs) // unit * unit)
+    step = max(unit, most // _TRIED // unit * unit)
     return [n for n in range(step, most + 1, step) if n < inputs] or [max(1, inputs // 2)]
 
 
