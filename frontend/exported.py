@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -80,7 +80,7 @@ class _Importer:
                 env[node] = self._placeholder(node, specs[node.name])
         self._body(module, env)
         output = module.graph.output_node()
-        self.graph.output(tuple(_look(env, a) for a in output.args[0]))  # type: ignore[union-attr]
+        self.graph.output(tuple(_look(env, a) for a in output.args[0]))
         for alias, target in self.aliases.items():
             if target in self.params:
                 self.params.tie(alias, target)
@@ -100,15 +100,15 @@ class _Importer:
             self.params.enter(target, Entry(source, target, tensor_type(tensor)))
         for existing in self.graph.nodes:
             if existing.op == "get_attr" and existing.target == target:
-                return existing
+                return cast(fx.Node, existing)
         new = self.graph.create_node("get_attr", target)
         new.meta = {TYPE: tensor_type(tensor)}
         return new
 
     def _tensor(self, spec: Any) -> torch.Tensor:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in self.exported.state_dict:
-            return self.exported.state_dict[spec.target]
-        return self.exported.constants[spec.target]
+            return cast(torch.Tensor, self.exported.state_dict[spec.target])
+        return cast(torch.Tensor, self.exported.constants[spec.target])
 
     def _body(self, module: fx.GraphModule, env: dict[fx.Node, Any]) -> None:
         for node in module.graph.nodes:
@@ -130,7 +130,7 @@ class _Importer:
             raise _untraceable(label, self._path(node), node.meta.get("stack_trace", ""))
         args = fx.map_arg(node.args, lambda n: _look(env, n))
         kwargs = fx.map_arg(node.kwargs, lambda n: _look(env, n))
-        new = self.graph.create_node("call_function", node.target, args, kwargs, node.name)  # type: ignore[arg-type]
+        new = self.graph.create_node("call_function", node.target, args, kwargs, node.name)
         new.meta = {TYPE: self._type(node.meta.get("val")), PATH: self._path(node)}
         env[node] = new
 

@@ -1,0 +1,138 @@
+"""An ONNX model as a Program: its graph run once by `torch.export`, with its weights where they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as onnx
+import torch
+from torch import nn
+
+from frontend.exported import import_exported
+from frontend.onnx.dtypes import torch_dtype
+from frontend.onnx.interpreter import Env, Interpreter, fold
+from frontend.onnx.module import GraphModule
+from frontend.onnx.tensors import OnnxSource, tensor_of
+from frontend.onnx.values import known_ints
+from ir.errors import NomulError, UnsupportedError
+from ir.params import Entry
+from ir.program import Program, rename
+
+# Initializers of more entries are weights: they are named, and read from their file when a pass asks for them.
+_WEIGHT = 64
+# Sizes that stand for symbolic dims while tracing: distinct, and neither 0 nor 1.
+_SAMPLES = (2, 5, 3, 7, 11, 13, 17, 19)
+
+
+def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) -> Program:
+    """Return a model's graph as a raw Program; weights are bound to the model's own tensors.
+
+    known: inputs whose values are fixed, by name, which the program then does not have: tensors, lists of these for
+    sequences, or None for an absent option. Raises Refused by the name of
+    the node that cannot be taken, Unknown for one that needs a value from data.
+    """
+    graph, known = model.graph, known or {}
+    tensors = {v.name: v.const_value for v in graph.initializers.values() if v.const_value is not None}
+    weights = {str(n): t for n, t in tensors.items() if _is_weight(t)}
+    run = Interpreter(model)
+    env: Env = _small(graph, weights)
+    env |= {v: _constant(known[str(v.name)]) for v in graph.inputs if v.name in known}
+    folded = fold(run, graph, env)
+    inputs = [v for v in graph.inputs if v.name not in known and v.name not in graph.initializers]
+    module = GraphModule(run, graph, env, folded, inputs, weights)
+    example, dims, names = _examples(inputs)
+    exported = _exported(module, example, dims, name)
+    program = import_exported(exported, name, "", _symbols(exported, inputs, names), {})
+    source = OnnxSource({module.paths[n]: t for n, t in weights.items()})
+    for path in [p for p in source.names() if p in program.params]:
+        program.params.enter(path, Entry(source, path, source.type_of(path)))
+    for node, value in zip(program.inputs, inputs, strict=True):
+        rename(node, identifier(str(value.name)))
+        node.target = node.name
+    program.attributes = {"outputs": [str(v.name) for v in graph.outputs]}
+    return program
+
+
+def _small(graph: onnx.Graph, weights: Mapping[str, Any]) -> Env:
+    """Return the initializers that are no weights."""
+    chosen = [v for v in graph.initializers.values() if v.const_value is not None and v.name not in weights]
+    return {v: known_ints(t) or t for v in chosen for t in [tensor_of(v.const_value)]}
+
+
+def _constant(value: Any) -> Any:
+    """Return a tensor of few whole numbers as these, and other tensors, sequences of them and None as they are."""
+    if isinstance(value, list):
+        return [_constant(v) for v in value]
+    return value if value is None else known_ints(value) or value
+
+
+def _is_weight(stored: Any) -> bool:
+    dtype = torch_dtype(int(stored.dtype))
+    return dtype is not None and dtype.is_floating_point and int(stored.size) > _WEIGHT
+
+
+def identifier(text: str) -> str:
+    found = re.sub(r"\W", "_", text)
+    return found if found and not found[0].isdigit() else f"_{found}"
+
+
+def _examples(inputs: list[onnx.Value]) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, list[str | None]]]:
+    """Return sample tensors, their dynamic dims, and the declared names of these."""
+    from torch.export import Dim
+
+    sizes: dict[str, int] = {}
+    example, dims, names = [], [], {}
+    for value in inputs:
+        dtype = None if value.dtype is None else torch_dtype(int(value.dtype))
+        if dtype is None or value.shape is None:
+            raise UnsupportedError(
+                f"the input {value.name} cannot be taken",
+                where=str(value.name),
+                why=f"its type is {value.type} and its shape {value.shape}",
+                fix="declare a tensor type with a rank",
+            )
+        own, shape, dynamic = list[str | None](), list[int](), dict[int, Any]()
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, int):
+                own.append(None)
+                shape.append(dim)
+                continue
+            label = str(dim.value) if dim.value is not None else f"{value.name}_{axis}"
+            own.append(label)
+            sizes.setdefault(label, _SAMPLES[len(sizes) % len(_SAMPLES)])
+            shape.append(sizes[label])
+            dynamic[axis] = Dim.AUTO
+        names[str(value.name)] = own
+        example.append(torch.zeros(shape, dtype=dtype) if dtype != torch.bool else torch.ones(shape, dtype=dtype))
+        dims.append(dynamic)
+    return tuple(example), tuple(dims), names
+
+
+def _exported(module: nn.Module, example: tuple[Any, ...], dims: tuple[Any, ...], name: str) -> Any:
+    from torch.export import export
+
+    try:
+        with torch.no_grad():
+            return export(module.eval(), example, dynamic_shapes=(dims,) if dims else None, strict=False)
+    except NomulError:
+        raise
+    # The exporter lets through whatever running the graph raises, which may be anything.
+    except Exception as error:
+        line = next((text.strip() for text in str(error).splitlines() if text.strip()), "no message")
+        raise UnsupportedError(
+            "the model cannot be traced", where=name, why=f"{type(error).__name__}: {line[:300]}"
+        ) from error
+
+
+def _symbols(exported: Any, inputs: list[onnx.Value], names: Mapping[str, list[str | None]]) -> dict[str, str]:
+    """Return exporter symbol -> the name that the model declares."""
+    found: dict[str, str] = {}
+    values = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"][-len(inputs) :] if inputs else []
+    for value, given in zip(inputs, values, strict=True):
+        for label, size in zip(names[str(value.name)], given.shape, strict=True):
+            expr = getattr(getattr(size, "node", None), "expr", None)
+            if label is not None and expr is not None and expr.is_Symbol:
+                found.setdefault(str(expr), identifier(label))
+    return found
