@@ -31,8 +31,8 @@ def _silent(_: str) -> None:
 class Model:
     """An opened model.
 
-    program: canonical, or as stored for an artifact; path: the file or folder it came from; kind: `hf`, `gguf` or
-    `artifact`; config: the transformers configuration, None for an artifact; fingerprint: sha256 that identifies
+    program: canonical, or as stored for an artifact; path: the file or folder it came from; kind: `hf`, `gguf`, `onnx`
+    or `artifact`; config: the transformers configuration, None for the last two; fingerprint: sha256 that identifies
     configuration and weight headers.
     """
 
@@ -57,6 +57,8 @@ def open_model(model: str, progress: Progress = _silent) -> Model:
         return _open_folder(path, progress)
     if path.suffix.lower() == ".gguf":
         return _open_gguf(path, progress)
+    if path.suffix.lower() == ".onnx":
+        return _open_onnx(path, progress)
     raise _not_a_model(path)
 
 
@@ -144,7 +146,7 @@ def _not_a_model(path: Path) -> UnsupportedError:
         "this kind of file is not a model nomul can open",
         where=str(path),
         why=f"its name ends in {path.suffix or 'nothing'}",
-        fix="give a Hugging Face directory, a .gguf file or a nomul artifact",
+        fix="give a Hugging Face directory, a .gguf or .onnx file, or a nomul artifact",
     )
 
 
@@ -183,6 +185,22 @@ def _open_gguf(path: Path, progress: Progress) -> Model:
     if missing:
         raise missing_weights(path, missing)
     return Model(program, path, "gguf", config, _fingerprint(config, source))
+
+
+def _open_onnx(path: Path, progress: Progress) -> Model:
+    from frontend.canonical import canonicalise
+    from frontend.onnx.load import load
+    from frontend.onnx.trace import trace
+
+    progress(f"reading {path.name}")
+    model = load(path)
+    program = trace(model, path.stem)
+    canonicalise(program)
+    digest = hashlib.sha256(path.read_bytes())
+    for name in sorted(program.params):
+        entry = program.params.entry(name)
+        digest.update(f"{name} {entry.source.type_of(entry.key)} {entry.source.stored_bytes(entry.key)}".encode())
+    return Model(program, path, "onnx", None, digest.hexdigest())
 
 
 def _prefixes(config: Any) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from frontend.exported import import_exported
 from frontend.onnx.dtypes import torch_dtype
+from frontend.onnx.interface import IDS, MASK, is_language_model, name_language_model
 from frontend.onnx.interpreter import Env, Interpreter, fold
 from frontend.onnx.module import GraphModule
 from frontend.onnx.tensors import OnnxSource, tensor_of
@@ -23,7 +24,9 @@ from ir.program import Program, rename
 # Initializers of more entries are weights: they are named, and read from their file when a pass asks for them.
 _WEIGHT = 64
 # Sizes that stand for symbolic dims while tracing: distinct, and neither 0 nor 1.
-_SAMPLES = (2, 5, 3, 7, 11, 13, 17, 19)
+_SAMPLES = (2, 7, 11, 13, 17, 19, 23, 29)
+# Tokens and what a cache holds of earlier ones, whose sum is how long a mask is.
+_SEQ, _PAST = 5, 3
 
 
 def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) -> Program:
@@ -51,7 +54,10 @@ def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) 
     for node, value in zip(program.inputs, inputs, strict=True):
         rename(node, identifier(str(value.name)))
         node.target = node.name
-    program.attributes = {"outputs": [str(v.name) for v in graph.outputs]}
+    outputs = [str(v.name) for v in graph.outputs]
+    if is_language_model(program, outputs):
+        name_language_model(program, outputs)
+    program.attributes = {"outputs": outputs}
     return program
 
 
@@ -101,13 +107,27 @@ def _examples(inputs: list[onnx.Value]) -> tuple[tuple[Any, ...], tuple[Any, ...
                 continue
             label = str(dim.value) if dim.value is not None else f"{value.name}_{axis}"
             own.append(label)
-            sizes.setdefault(label, _SAMPLES[len(sizes) % len(_SAMPLES)])
-            shape.append(sizes[label])
+            shape.append(_sample(label, str(value.name), sizes))
             dynamic[axis] = Dim.AUTO
         names[str(value.name)] = own
         example.append(torch.zeros(shape, dtype=dtype) if dtype != torch.bool else torch.ones(shape, dtype=dtype))
         dims.append(dynamic)
     return tuple(example), tuple(dims), names
+
+
+def _sample(label: str, name: str, sizes: dict[str, int]) -> int:
+    """Return the size of a symbolic dim in the sample; a sum of others is their sum, as is a mask's of past and new."""
+    terms = [part.strip() for part in label.split("+")]
+    if label not in sizes and len(terms) > 1:
+        sizes[label] = sum(_sample(term, "", sizes) for term in terms)
+    if label not in sizes and (name == MASK or label.startswith("total")):
+        sizes[label] = _SEQ + _PAST
+    if label not in sizes:
+        fixed = {"past": _PAST, "seq": _SEQ} if name in (IDS, MASK) or "past" in label or "seq" in label else {}
+        known = next((size for word, size in fixed.items() if word in label), None)
+        free = [n for n in _SAMPLES if n not in sizes.values() and n not in (_SEQ, _PAST)]
+        sizes[label] = known or (free[0] if free else _SAMPLES[-1])
+    return sizes[label]
 
 
 def _exported(module: nn.Module, example: tuple[Any, ...], dims: tuple[Any, ...], name: str) -> Any:
