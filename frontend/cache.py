@@ -18,7 +18,7 @@ import ir.pattern
 import ir.rewrite
 import ir.simplify
 from frontend.exported import Untraced
-from frontend.raising import TransposedSource
+from frontend.transposed import TransposedSource
 from frontend.zoo import cache_dir
 from ir.artifact import file_hash, write_safetensors
 from ir.errors import NomulError

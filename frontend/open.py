@@ -190,11 +190,13 @@ def _open_gguf(path: Path, progress: Progress) -> Model:
 def _open_onnx(path: Path, progress: Progress) -> Model:
     from frontend.canonical import canonicalise
     from frontend.onnx.load import load
+    from frontend.onnx.scalars import inline_scalars
     from frontend.onnx.trace import trace
 
     progress(f"reading {path.name}")
     model = load(path)
     program = trace(model, path.stem)
+    inline_scalars(program)
     canonicalise(program)
     digest = hashlib.sha256(path.read_bytes())
     for name in sorted(program.params):

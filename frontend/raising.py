@@ -7,55 +7,26 @@ from typing import Any
 import torch
 from torch import fx
 
+from frontend.decomposed import decomposed
+from frontend.transposed import transposed
 from ir import ops as _ops  # noqa: F401  (registers the nomul operators the rules emit)
 from ir.builder import Builder
-from ir.params import Entry, Source
 from ir.program import Program
 from ir.rewrite import No, RewriteLog, Rules
-from ir.types import TensorType
 
 aten, nomul = torch.ops.aten, torch.ops.nomul
 linears, norms, activations = Rules("linears"), Rules("norms"), Rules("activations")
 rotary, attention, experts = Rules("rotary"), Rules("attention"), Rules("experts")
 
 
-class TransposedSource:
-    """A matrix of another source seen transposed, so that a weight stored inputs-first needs no copy up front."""
-
-    def __init__(self, source: Source, key: str) -> None:
-        self._source, self._key = source, key
-
-    def names(self) -> tuple[str, ...]:
-        return (self._key,)
-
-    def type_of(self, name: str) -> TensorType:
-        kind = self._source.type_of(name)
-        return TensorType(kind.dtype, kind.dims[::-1])
-
-    def stored_bytes(self, name: str) -> int:
-        return self._source.stored_bytes(name)
-
-    def load(self, name: str) -> torch.Tensor:
-        return self._source.load(name).T.contiguous()
-
-
 def raise_structure(program: Program) -> RewriteLog:
     """Apply all raising rules to a program without no-ops; returns what fired and what declined."""
     _register_experts()
-    logs = [rules.apply(program, "canonical") for rules in (linears, norms, activations, rotary, attention, experts)]
+    logs = [
+        rules.apply(program, "canonical")
+        for rules in (decomposed, linears, norms, activations, rotary, attention, experts)
+    ]
     return RewriteLog(sum((log.hits for log in logs), ()), sum((log.refusals for log in logs), ()))
-
-
-def _transposed(b: Builder, weight: fx.Node) -> fx.Node | No:
-    """Return the parameter node of a weight stored inputs-first, turned in place in the store."""
-    if b.shared(weight):
-        return No("weight has other readers", weight)
-    name = str(weight.target)
-    entry = b.program.params.entry(name)
-    kind = TensorType(entry.type.dtype, entry.type.dims[::-1])
-    turned = f"{name.removesuffix('.weight')}.weight_t" if name.endswith(".weight") else f"{name}_t"
-    b.program.params.enter(turned, Entry(TransposedSource(entry.source, entry.key), entry.key, kind, "canonical"))
-    return b.param(turned)
 
 
 @linears(
@@ -67,14 +38,14 @@ def conv1d_to_linear(b: Builder, x: fx.Node, w: fx.Node, bias: fx.Node, inner: A
     source, result = b.type(x), b.type(b.root)
     if source.dims[:-1] != result.dims[:-1]:
         return No("the reshapes around the product do not cancel")
-    turned = _transposed(b, w)
+    turned = transposed(b, w)
     return turned if isinstance(turned, No) else b.call(aten.linear, x, turned, bias, like=b.root)
 
 
 @linears(lambda x, w, bias: aten.addmm(bias, x, w), params="w bias")
 def addmm_to_linear(b: Builder, x: fx.Node, w: fx.Node, bias: fx.Node) -> fx.Node | No:
     """b + x W is a linear with the weight turned."""
-    turned = _transposed(b, w)
+    turned = transposed(b, w)
     return turned if isinstance(turned, No) else b.call(aten.linear, x, turned, bias, like=b.root)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from frontend.exported import Untraced
-from frontend.raising import TransposedSource
+from frontend.transposed import TransposedSource
 from ir.errors import UnsupportedError
 from ir.params import Entry, MemorySource, ParamStore, SafetensorsSource, Source
 from ir.program import Program

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from frontend.onnx.call import Call
-from frontend.onnx.values import Ints
+from frontend.onnx.values import Ints, entries
 
 
 def sizes_of(call: Call, value: Any, what: str) -> list[Any]:
@@ -17,7 +17,7 @@ def sizes_of(call: Call, value: Any, what: str) -> list[Any]:
     constant = constant_of(value)
     if constant is None:
         raise call.unknown(what)
-    return [int(v) for v in constant.reshape(-1).tolist()]
+    return [int(v) for v in entries(constant)]
 
 
 def size_of(call: Call, value: Any, what: str) -> Any:
@@ -35,7 +35,7 @@ def number_of(call: Call, value: Any, what: str) -> Any:
     constant = constant_of(value)
     if constant is None:
         raise call.unknown(what)
-    return constant.reshape(()).item()
+    return entries(constant)[0]
 
 
 def constant_of(value: Any) -> Tensor | None:

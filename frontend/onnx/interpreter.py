@@ -11,7 +11,7 @@ import torch
 from frontend.onnx import operators as _operators  # noqa: F401  (fills the tables)
 from frontend.onnx.call import Call, Refused
 from frontend.onnx.registry import NUMBER_RULES, TENSOR_RULES
-from frontend.onnx.values import Ints, as_tensor, known_ints
+from frontend.onnx.values import Ints, as_tensor, entries, known_ints
 from ir.errors import NomulError
 
 # Results of so many entries at most are computed when a model is imported, where all inputs are known by then.
@@ -215,7 +215,7 @@ def _known(value: Any) -> Any:
     """Return a known number or truth value, None where data decides it."""
     if isinstance(value, Ints) and len(value.values) == 1 and isinstance(value.values[0], int):
         return value.values[0]
-    return value.reshape(()).item() if type(value) is torch.Tensor else None
+    return entries(value)[0] if type(value) is torch.Tensor else None
 
 
 def _numbers(value: Any) -> Any:

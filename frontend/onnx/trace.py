@@ -22,7 +22,7 @@ from ir.params import Entry
 from ir.program import Program, rename
 
 # Initializers of more entries are weights: they are named, and read from their file when a pass asks for them.
-_WEIGHT = 64
+_WEIGHT = 8
 # Sizes that stand for symbolic dims while tracing: distinct, and neither 0 nor 1.
 _SAMPLES = (2, 7, 11, 13, 17, 19, 23, 29)
 # Tokens and what a cache holds of earlier ones, whose sum is how long a mask is.

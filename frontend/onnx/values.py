@@ -44,13 +44,22 @@ def as_tensor(value: Any) -> Any:
     return [as_tensor(v) for v in value] if isinstance(value, list) else value
 
 
+def entries(constant: Tensor) -> list[Any]:
+    """Return the entries of a constant as Python numbers, without the trace in progress seeing it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        found: list[Any] = constant.reshape(-1).tolist()
+    return found
+
+
 def known_ints(tensor: Tensor) -> Ints | None:
     """Return a constant tensor as known numbers where it is one of few whole numbers or truth values."""
     whole = not tensor.is_floating_point() and not tensor.is_complex()
     if not whole or tensor.ndim > 1 or tensor.numel() > MOST_INTS:
         return None
     kind = bool if tensor.dtype == torch.bool else int
-    return Ints(tuple(kind(v) for v in tensor.reshape(-1).tolist()), tensor.ndim, tensor.dtype)
+    return Ints(tuple(kind(v) for v in entries(tensor)), tensor.ndim, tensor.dtype)
 
 
 def sizes(values: Sequence[Any]) -> Ints:

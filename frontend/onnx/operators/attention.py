@@ -230,7 +230,9 @@ def _linear_attention(
         raise call.refuse(f"its inputs decay and beta do not go with the rule {rule}")
     count = q.shape[1]
     if not isinstance(count, int) or count > _LONGEST:
-        raise call.refuse(f"it goes through tokens one by one, at most {_LONGEST} of a number known at import, not {count}")
+        raise call.refuse(
+            f"it goes through tokens one by one, at most {_LONGEST} of a number known at import, not {count}"
+        )
     dtype, kept = q.dtype, q.dtype if past is None else past.dtype
     q = _heads(call, q, "q_num_heads").float()
     k, v = _heads(call, k, "kv_num_heads").float(), _heads(call, v, "kv_num_heads").float()

@@ -35,12 +35,17 @@ def _from_front(index: Any, size: Any) -> Tensor:
     """Return indices counted from the front, as int64; those known by now to be such stay as they are."""
     if isinstance(index, Ints) and all(isinstance(i, int) for i in index.values):
         return Ints(tuple(i + size if i < 0 else i for i in index.values), index.rank).tensor()
-    tensor = as_tensor(index)
+    tensor: Tensor = as_tensor(index)
     constant = constant_of(tensor)
-    if constant is not None and (constant.numpy() >= 0).all():
-        return tensor.to(torch.int64)
     wide: Tensor = tensor.to(torch.int64)
+    if constant is not None and not _any_negative(constant.tolist()):
+        return wide
     return torch.where(wide < 0, wide + size, wide)
+
+
+def _any_negative(numbers: Any) -> bool:
+    """Tell whether one of the numbers is below 0; they are read as lists, since the exporter takes tensors for data."""
+    return any(_any_negative(n) for n in numbers) if isinstance(numbers, list) else numbers < 0
 
 
 @operator("Gather", raw=True)
@@ -160,10 +165,9 @@ def _tensor_scatter(call: Call, past: Tensor, update: Tensor, start: Tensor | No
 
 def _known(call: Call, value: Any, what: str) -> list[int]:
     """Return whole numbers that must be known by now, from a vector or scalar of any type."""
-    # Read past the exporter, which would take what it sees being read for data.
-    found = (
-        value.values if isinstance(value, Ints) else None if (t := constant_of(value)) is None else t.numpy().ravel()
-    )
+    constant = None if isinstance(value, Ints) else constant_of(value)
+    read = value.values if isinstance(value, Ints) else None if constant is None else constant.tolist()
+    found = [read] if isinstance(read, (int, float)) else read
     if found is None or any(isinstance(v, torch.SymInt) for v in found):
         raise call.unknown(what)
     return [int(v) for v in found]

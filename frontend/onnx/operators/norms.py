@@ -90,24 +90,14 @@ def _lp_norm(call: Call, x: Tensor) -> Tensor:
 
 @operator("LRN")
 def _local_response_norm(call: Call, x: Tensor) -> Tensor:
-    """By the squares in a window of channels, which for an even size reaches one further back than forward in torch.
-
-    In ONNX it reaches further forward, so it is written with a mean over padded channels here.
-    """
+    """By the squares in a window of channels; one of even size reaches further forward, where torch's reaches back."""
     size = call.integer("size", 0)
     if size < 1:
         raise call.refuse(f"its window has size {size}")
-    before, after = (size - 1) // 2, size // 2
-    squares = functional.pad(
-        (x * x).flatten(2).unsqueeze(1) if x.ndim > 2 else (x * x)[:, None, :, None], _room(before, after)
-    )
-    mean = functional.avg_pool2d(squares, (size, 1), stride=1).reshape(x.shape)
+    squares = (x * x).reshape(x.shape[0], 1, x.shape[1], -1)
+    padded = functional.pad(squares, [0, 0, (size - 1) // 2, size // 2])
+    mean = functional.avg_pool2d(padded, (size, 1), stride=1).reshape(x.shape)
     return x / (call.real("bias", 1.0) + call.real("alpha", 1e-4) * mean) ** call.real("beta", 0.75)
-
-
-def _room(before: int, after: int) -> list[int]:
-    """Return padding of the last axis but one."""
-    return [0, 0, before, after]
 
 
 @operator("MeanVarianceNormalization")

@@ -59,9 +59,7 @@ def _dynamic(call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @operator("MatMulInteger")
-def _matmul(
-    call: Call, a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None
-) -> Tensor:
+def _matmul(call: Call, a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None) -> Tensor:
     return torch.matmul(_moved(a, _rows(a_zero)), _moved(b, _columns(b_zero)))
 
 

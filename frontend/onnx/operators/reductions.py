@@ -61,7 +61,8 @@ def _prod(x: Tensor, dims: list[int], keep: bool) -> Tensor:
 
 def _l2(x: Tensor, dims: list[int], keep: bool) -> Tensor:
     if x.is_floating_point():
-        return torch.linalg.vector_norm(x, 2, dims, keep)
+        norm: Tensor = torch.linalg.vector_norm(x, 2, dims, keep)
+        return norm
     return _as_real(torch.sqrt)(_sum(x * x, dims, keep))
 
 
@@ -117,7 +118,8 @@ _enter_all()
 @operator("ReduceMax", "ReduceMin", raw=True)
 def _extreme(call: Call, data: Any, axes: Any = None) -> Tensor:
     """The largest or smallest entries; of no entries, the end of the type's range that any other would replace."""
-    given, largest = as_tensor(data), call.op == "ReduceMax"
+    given: Tensor = as_tensor(data)
+    largest = call.op == "ReduceMax"
     dims, keep = _dims(call, given, axes), call.flag("keepdims", True)
     if not dims:
         return given

@@ -157,12 +157,17 @@ def _slice(call: Call, x: Any, starts: Any = None, ends: Any = None, axes: Any =
     if any(not isinstance(step, int) or step == 0 for step in by):
         raise call.refuse(f"its steps {by} are not numbers other than 0")
     for axis, start, end, step in zip(chosen, first, last, by, strict=True):
-        if step < 0:
-            size = x.shape[axis]
-            x, start, end, step = x.flip(axis), _mirrored(start, size), _mirrored(end, size), -step
-            start = torch.sym_min(start, size - 1)
-        x = torch.ops.aten.slice.Tensor(x, axis, start, end, step)
+        x = _cut(x, axis, start, end, step)
     return x
+
+
+def _cut(x: Tensor, axis: int, start: Any, end: Any, step: int) -> Tensor:
+    """Slice an axis; a negative step goes forward through the reversed axis, and starts on it."""
+    if step > 0:
+        return torch.ops.aten.slice.Tensor(x, axis, start, end, step)
+    size = x.shape[axis]
+    start = torch.sym_min(_mirrored(start, size), size - 1)
+    return torch.ops.aten.slice.Tensor(x.flip(axis), axis, start, _mirrored(end, size), -step)
 
 
 def _mirrored(position: Any, size: Any) -> Any:

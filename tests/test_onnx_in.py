@@ -1,0 +1,94 @@
+"""Language models that `torch.onnx.export` wrote come back as programs that compute what ONNX Runtime does."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frontend.hf import CausalWithCache, cache_shapes
+from frontend.open import Model, open_model
+from ir.analysis import blocks
+from ir.program import Program, tensor_type_of
+from ir.verify import verify
+from tests.architectures import CONFIGS, VOCAB
+
+pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
+NAMES = ("llama", "gpt2")
+
+
+@cache
+def model_of(name: str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM
+
+    config = CONFIGS[name](2)
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval(), config
+
+
+def exported(name: str, folder: Path) -> Path:
+    """Write a tiny model with cache as ONNX, as its exporter does by default."""
+    model, config = model_of(name)
+    past = [torch.zeros(2, s.heads, 3, d) for s in cache_shapes(config, "sdpa") for d in (s.key_dim, s.value_dim)]
+    batch, seq, length = (torch.export.Dim(n) for n in ("batch", "seq", "past"))
+    dims = ({0: batch, 1: seq}, {0: batch, 1: torch.export.Dim.AUTO}, [{0: batch, 2: length}] * len(past))
+    kinds = [f"{i // 2}.{'value' if i % 2 else 'key'}" for i in range(len(past))]
+    path = folder / f"{name}.onnx"
+    torch.onnx.export(
+        CausalWithCache(model),
+        (torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), past),
+        path,
+        dynamic_shapes=dims,
+        input_names=["input_ids", "attention_mask", *(f"past_key_values.{k}" for k in kinds)],
+        output_names=["logits", *(f"present.{k}" for k in kinds)],
+        dynamo=True,
+        verbose=False,
+    )
+    return path
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Model]:
+    path = exported(request.param, tmp_path_factory.mktemp("onnx"))
+    return request.param, path, open_model(str(path))
+
+
+def feeds(program: Program, batch: int, seq: int, past: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seq)
+    values = [torch.randint(VOCAB, (batch, seq), generator=generator), torch.ones(batch, seq + past, dtype=torch.long)]
+    for node in program.inputs[2:]:
+        _, heads, _, width = tensor_type_of(node).dims
+        values.append(torch.randn(batch, int(heads), past, int(width), generator=generator))
+    return values
+
+
+@pytest.mark.parametrize(("batch", "seq", "past"), [(1, 1, 0), (2, 6, 0), (3, 1, 4), (2, 5, 3)])
+def test_programs_compute_what_the_runtime_does(
+    opened: tuple[str, Path, Model], batch: int, seq: int, past: int
+) -> None:
+    _, path, model = opened
+    program = model.program
+    given = feeds(program, batch, seq, past)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    expected = session.run(None, {n: t.numpy() for n, t in zip(names, given, strict=True)})
+    with torch.no_grad():
+        found = program.module()(*given)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=1e-3, atol=1e-4)
+
+
+def test_programs_are_sound_and_their_blocks_found(opened: tuple[str, Path, Model]) -> None:
+    name, _, model = opened
+    verify(model.program, full=True)
+    assert model.kind == "onnx" and "canonical" in model.program.facts
+    assert [n.name for n in model.program.inputs[:3]] == ["input_ids", "attention_mask", "past_key_0"]
+    assert [str(d) for d in tensor_type_of(model.program.inputs[0]).dims] == ["batch", "seq"]
+    found = blocks(model.program)
+    assert len(found) == 2 and len(found[0].nodes) == len(found[1].nodes), name
