@@ -24,13 +24,21 @@ def self_data(program: Program, samples: int, seqlen: int, seed: int) -> TokenDa
 
     Each begins with a token drawn from all, goes on with the likeliest few and then as the model's probabilities have
     it (LLM-QAT, 2305.17888, section 2.1). The same seed gives the same windows where products are summed in the same
-    order. Raises UsageError for a model that gives no finite logits.
+    order. Raises UsageError for a model that gives no finite logits, UnsupportedError for one without a cache.
     """
     import torch
 
     from backends.reference.execute import executable
+    from ir.errors import UnsupportedError
     from tools.console import progress
 
+    if len(program.inputs) < 3 or len(program.outputs) < 2:
+        raise UnsupportedError(
+            "the model writes no text",
+            where=program.name,
+            why=f"it takes {', '.join(n.name for n in program.inputs)}, and has no cache",
+            fix="give calibration data with --calib",
+        )
     module = executable(program)
     generator = torch.Generator().manual_seed(seed)
     length = min(HELD_OUT_LENGTH, seqlen)

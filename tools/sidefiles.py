@@ -16,16 +16,31 @@ if TYPE_CHECKING:
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".data"}
 _OURS = {PROGRAM_FILE, MANIFEST_FILE, "report.json", "report.html"}
 _CODE = {".py", ".pkl", ".pickle", ".so"}
+# Configuration, tokenizer and chat template, as Hugging Face names them.
+_KNOWN = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+)
 
 
 def copy_side_files(model: Model, folder: Path) -> list[str]:
     """Bring configuration, tokenizer and chat template into an artifact folder; return notes for the user."""
     if model.kind == "gguf":
         return _from_gguf(model, folder)
+    if model.kind == "onnx":
+        return _beside(model.path.parent, folder)
     for path in sorted(model.path.iterdir()):
         skipped = path.suffix in _WEIGHTS | _CODE or path.name in _OURS or path.name.endswith(".index.json")
         if path.is_file() and not skipped and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
+    return []
+
+
+def _beside(source: Path, folder: Path) -> list[str]:
+    """Copy what belongs to a model among the files that happen to lie beside it."""
+    for name in _KNOWN:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     return []
 
 

@@ -9,6 +9,7 @@ import onnx_ir as onnx
 import torch
 
 from frontend.onnx import operators as _operators  # noqa: F401  (fills the tables)
+from frontend.onnx.agreement import check_types
 from frontend.onnx.call import Call, Refused
 from frontend.onnx.registry import NUMBER_RULES, TENSOR_RULES
 from frontend.onnx.values import Ints, as_tensor, entries, known_ints
@@ -71,6 +72,7 @@ class Interpreter:
 
     def results(self, node: onnx.Node, call: Call, inputs: list[Any], env: Env) -> Any:
         """Return what a node gives, by the rule for numbers, that for tensors, or the body of its function."""
+        check_types(call, inputs)
         if call.op in NUMBER_RULES and inputs and all(isinstance(v, Ints) or v is None for v in inputs):
             found = NUMBER_RULES[call.op](call, *inputs)
             if found is not NotImplemented:

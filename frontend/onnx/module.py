@@ -44,7 +44,7 @@ class GraphModule(nn.Module):
                 self.paths[str(value.name)] = self.weights[value] = path
         self.steps = [Step(run, node) for node in needed(graph) if node not in folded]
         for step in self.steps:
-            place.module(step.node.name or step.node.op_type, step)
+            place.module(str(step.node.name or step.node.op_type), step)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
         """Run all nodes; return the outputs as tensors."""

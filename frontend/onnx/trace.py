@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import onnx_ir as onnx
@@ -25,6 +26,8 @@ from ir.program import Program, rename
 _WEIGHT = 8
 # Sizes that stand for symbolic dims while tracing: distinct, and neither 0 nor 1.
 _SAMPLES = (2, 7, 11, 13, 17, 19, 23, 29)
+# Entries that no input has; a declared shape beyond is damage.
+_MOST_ENTRIES = 1 << 31
 # Tokens and what a cache holds of earlier ones, whose sum is how long a mask is.
 _SEQ, _PAST = 5, 3
 
@@ -57,7 +60,8 @@ def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) 
     outputs = [str(v.name) for v in graph.outputs]
     if is_language_model(program, outputs):
         name_language_model(program, outputs)
-    program.attributes = {"outputs": outputs}
+    lengths = _lengths(exported, outputs)
+    program.attributes = {"outputs": outputs, **({"sequences": lengths} if lengths else {})}
     return program
 
 
@@ -109,6 +113,9 @@ def _examples(inputs: list[onnx.Value]) -> tuple[tuple[Any, ...], tuple[Any, ...
             own.append(label)
             shape.append(_sample(label, str(value.name), sizes))
             dynamic[axis] = Dim.AUTO
+        if prod(shape) > _MOST_ENTRIES:
+            why = f"it is {list(value.shape)}"
+            raise UnsupportedError("an input has a shape that no tensor has", where=str(value.name), why=why)
         names[str(value.name)] = own
         example.append(torch.zeros(shape, dtype=dtype) if dtype != torch.bool else torch.ones(shape, dtype=dtype))
         dims.append(dynamic)
@@ -128,6 +135,12 @@ def _sample(label: str, name: str, sizes: dict[str, int]) -> int:
         free = [n for n in _SAMPLES if n not in sizes.values() and n not in (_SEQ, _PAST)]
         sizes[label] = known or (free[0] if free else _SAMPLES[-1])
     return sizes[label]
+
+
+def _lengths(exported: Any, outputs: list[str]) -> dict[str, int]:
+    """Return how many tensors the outputs have that are sequences."""
+    specs = exported.call_spec.out_spec.children()
+    return {name: spec.num_leaves for name, spec in zip(outputs, specs, strict=True) if spec.type is list}
 
 
 def _exported(module: nn.Module, example: tuple[Any, ...], dims: tuple[Any, ...], name: str) -> Any:

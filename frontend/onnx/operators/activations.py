@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frontend.onnx.arguments import axis_of, constant_of
+from frontend.onnx.arguments import axis_of, constant_of, number_of
 from frontend.onnx.call import Call
 from frontend.onnx.operators.arithmetic import wrapping
 from frontend.onnx.registry import operator
@@ -155,7 +155,7 @@ def _dropout(call: Call, x: Any, ratio: Any = None, training: Any = None) -> Any
     """Outside of training nothing is dropped, and the mask is true everywhere."""
     if call.version < 7 and not call.flag("is_test"):
         raise call.refuse("it is used for training, as is_test is not set")
-    if training is not None and _trains(call, ratio, training):
+    if training is not None and number_of(call, training, "training_mode") and not _is_zero(call, ratio):
         raise call.refuse("it is used for training")
     if len(call.wanted) < 2 or not call.wanted[1]:
         return x
@@ -164,9 +164,5 @@ def _dropout(call: Call, x: Any, ratio: Any = None, training: Any = None) -> Any
     return x, torch.ones_like(as_tensor(x), dtype=torch.bool)
 
 
-def _trains(call: Call, ratio: Any, training: Any) -> bool:
-    chosen = constant_of(training)
-    if chosen is None:
-        raise call.unknown("training_mode")
-    dropped = None if ratio is None else constant_of(ratio)
-    return bool(chosen.reshape(()).item()) and (dropped is None or float(dropped.reshape(()).item()) != 0)
+def _is_zero(call: Call, ratio: Any) -> bool:
+    return ratio is not None and constant_of(ratio) is not None and number_of(call, ratio, "its ratio") == 0

@@ -261,8 +261,8 @@ def _running(call: Call, x: Tensor, axis: Any, function: Callable[..., Tensor], 
         if call.flag("exclusive"):
             before = [0, 0] * (x.ndim - 1 - along) + [1, 0]
             rows = torch.nn.functional.pad(rows, before, value=first).narrow(along, 0, x.shape[along])
-        found: Tensor = function(rows, along, dtype=rows.dtype)
-        return found.flip(along) if call.flag("reverse") else found
+        found = function(rows, along, dtype=rows.dtype)
+        return torch.flip(found, [along]) if call.flag("reverse") else found
 
     return wrapping(run, x)
 
@@ -270,7 +270,8 @@ def _running(call: Call, x: Tensor, axis: Any, function: Callable[..., Tensor], 
 @operator("Det")
 def _det(call: Call, x: Tensor) -> Tensor:
     """The determinants of the last two axes."""
-    return torch.linalg.det(x) if x.dtype in (torch.float32, torch.float64) else torch.linalg.det(x.float()).to(x.dtype)
+    found: Tensor = torch.linalg.det(x if x.dtype == torch.float64 else x.float())
+    return found.to(x.dtype)
 
 
 @operator("IsInf")

@@ -96,7 +96,7 @@ def padded(x: Tensor, begin: Sequence[Any], end: Sequence[Any], value: float = 0
     """Return an image with entries added around it, or cut where a number is negative."""
     if all(isinstance(p, int) and p == 0 for p in [*begin, *end]):
         return x
-    pairs = [pair for pair in zip(reversed(begin), reversed(end), strict=True)]
+    pairs = zip(reversed(begin), reversed(end), strict=True)
     return F.pad(x, [p for pair in pairs for p in pair], value=value)
 
 
@@ -142,22 +142,21 @@ def _transposed_windows(call: Call, x: Tensor, weight: Tensor) -> tuple[Windows,
     """Return the windows of a transposed convolution, with pads as what is cut, and what is added at the end."""
     rank, mode = x.ndim - 2, call.text("auto_pad", "NOTSET")
     extra = call.integers("output_padding") or [0] * rank
-    wanted: Any = call.integers("output_shape")
-    if wanted is None and mode in ("SAME_UPPER", "SAME_LOWER"):
-        strides = call.integers("strides") or [1] * rank
-        wanted = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
+    wanted = call.integers("output_shape")
     windows = windows_of(call, x, weight.shape[2:])
-    if wanted is None:
+    if wanted is not None:
+        axes = zip(x.shape[2:], windows.strides, windows.spans, extra, wanted[-rank:], strict=True)
+        totals = [stride * (size - 1) + more + span - out for size, stride, span, more, out in axes]
+    elif mode in ("SAME_UPPER", "SAME_LOWER"):
+        # What is more than as many strides as the image has entries.
+        totals = [
+            more + span - stride for stride, span, more in zip(windows.strides, windows.spans, extra, strict=True)
+        ]
+    else:
         return windows, extra
-    begin, end = [], []
-    axes = zip(x.shape[2:], windows.strides, windows.spans, extra, wanted[-rank:], strict=True)
-    for size, stride, span, more, out in axes:
-        # Simplified to the last step, in which a symbolic size that stands on both sides cancels.
-        total = stride * (size - 1) + more + span - out
-        cut = torch.sym_max(0, total)
-        first = cut // 2 if mode == "SAME_UPPER" else cut - cut // 2
-        begin.append(first)
-        end.append(total - first)
+    cut = [torch.sym_max(0, total) for total in totals]
+    begin = [c // 2 if mode == "SAME_UPPER" else c - c // 2 for c in cut]
+    end = [total - first for total, first in zip(totals, begin, strict=True)]
     return Windows(windows.kernel, windows.strides, windows.dilations, begin, end), extra
 
 
@@ -171,7 +170,8 @@ def _col2im(call: Call, x: Any, image: Any, block: Any) -> Tensor:
     strides, dilations = _per_axis(call, "strides", rank), _per_axis(call, "dilations", rank)
     pads = call.integers("pads") or [0] * (2 * rank)
     if rank == 2 and pads[:2] == pads[2:]:
-        return F.fold(x, sizes, kernel, dilations, pads[:2], strides)
+        folded: Tensor = F.fold(x, tuple(sizes), tuple(kernel), tuple(dilations), tuple(pads[:2]), tuple(strides))
+        return folded
     placed = Windows(kernel, strides, dilations, pads[:rank], pads[rank:])
     wide = [size + b + e for size, b, e in zip(sizes, placed.begin, placed.end, strict=True)]
     counts = [(w - span) // s + 1 for w, span, s in zip(wide, placed.spans, strides, strict=True)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frontend.onnx.arguments import axis_of, constant_of
 from frontend.onnx.call import Call
+from frontend.onnx.operators.products import as_type
 from frontend.onnx.registry import operator
 from frontend.onnx.values import Ints, as_tensor
 
@@ -37,7 +38,7 @@ def _from_front(index: Any, size: Any) -> Tensor:
         return Ints(tuple(i + size if i < 0 else i for i in index.values), index.rank).tensor()
     tensor: Tensor = as_tensor(index)
     constant = constant_of(tensor)
-    wide: Tensor = tensor.to(torch.int64)
+    wide = as_type(tensor, torch.int64)
     if constant is not None and not _any_negative(constant.tolist()):
         return wide
     return torch.where(wide < 0, wide + size, wide)
@@ -77,7 +78,7 @@ def _tuples(call: Call, index: Tensor) -> tuple[Tensor, ...]:
     """Return the parts of tuples, which stand along the last axis, as one tensor of indices an axis."""
     if not isinstance(index.shape[-1], int) or index.shape[-1] == 0:
         raise call.refuse(f"its indices are tuples of {index.shape[-1]}")
-    return index.to(torch.int64).unbind(-1)
+    return as_type(index, torch.int64).unbind(-1)
 
 
 @operator("GatherND")
@@ -152,7 +153,7 @@ def _tensor_scatter(call: Call, past: Tensor, update: Tensor, start: Tensor | No
         raise call.refuse(f"it writes along axis {axis}, in the way named {mode}")
     if start is None:
         return _moved(lambda t, u: torch.slice_scatter(t, u, axis, 0, u.shape[axis]), past, update)
-    time = start.to(torch.int64).unsqueeze(1) + torch.arange(update.shape[axis])
+    time = as_type(start, torch.int64).unsqueeze(1) + torch.arange(update.shape[axis])
     if mode == "circular":
         time = torch.remainder(time, past.shape[axis])
     places = (torch.arange(past.shape[0]).unsqueeze(1), time)
@@ -176,7 +177,7 @@ def _known(call: Call, value: Any, what: str) -> list[int]:
 @operator("OneHot", raw=True)
 def _one_hot(call: Call, index: Any, depth: Any, values: Any) -> Tensor:
     """Indices out of range, which before version 11 the negative ones are, name no place."""
-    places, (count,) = as_tensor(index).to(torch.int64), _known(call, depth, "its depth")
+    places, (count,) = as_type(as_tensor(index), torch.int64), _known(call, depth, "its depth")
     if call.version >= 11:
         places = torch.where(places < 0, places + count, places)
     rank = places.ndim + 1
@@ -197,5 +198,5 @@ def _compress(call: Call, data: Any, condition: Any) -> Tensor:
 @operator("ai.onnx.ml.ArrayFeatureExtractor")
 def _array_feature_extractor(call: Call, x: Tensor, index: Tensor) -> Tensor:
     """Entries along the last axis; of a vector, as a matrix of one row."""
-    found = torch.index_select(x, -1, index.reshape(-1).to(torch.int64))
+    found = torch.index_select(x, -1, as_type(index.reshape(-1), torch.int64))
     return found.unsqueeze(0) if x.ndim == 1 else found

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from frontend.onnx.call import Call
+from frontend.onnx.operators.products import as_type
 from frontend.onnx.registry import operator
 
 # No class has this number, so that without `ignore_index` nothing is left out.
@@ -19,7 +20,7 @@ def _loss(call: Call, logs: Tensor, target: Tensor, weight: Tensor | None) -> Te
     if reduction not in ("none", "sum", "mean"):
         raise call.refuse(f"its reduction is {reduction}")
     ignored = call.integer("ignore_index", _NO_CLASS)
-    return functional.nll_loss(logs, target.to(torch.int64), weight, ignore_index=ignored, reduction=reduction)
+    return functional.nll_loss(logs, as_type(target, torch.int64), weight, ignore_index=ignored, reduction=reduction)
 
 
 @operator("NegativeLogLikelihoodLoss")

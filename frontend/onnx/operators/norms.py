@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from frontend.onnx.arguments import axis_of
 from frontend.onnx.call import Call
+from frontend.onnx.operators.products import as_type
 from frontend.onnx.registry import operator
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -35,7 +36,7 @@ def _layer_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor | None = None
         found = found if bias is None else found + bias
     if not any(call.wanted[1:]):
         return (found, None, None)[: call.outputs]
-    wide = x.to(call.dtype("stash_type", torch.float32))
+    wide = as_type(x, call.dtype("stash_type", torch.float32))
     deviation, mean = torch.var_mean(wide, list(range(axis, x.ndim)), correction=0, keepdim=True)
     return (found, mean, torch.rsqrt(deviation + epsilon))[: call.outputs]
 
@@ -47,7 +48,7 @@ def _rms_norm(call: Call, x: Tensor, scale: Tensor) -> Tensor:
     shape = list(x.shape[axis:])
     if _fits(x, shape, scale):
         return functional.rms_norm(x, shape, scale, epsilon)
-    return functional.rms_norm(x, shape, None, epsilon).to(scale.dtype) * scale
+    return as_type(functional.rms_norm(x, shape, None, epsilon), scale.dtype) * scale
 
 
 @operator("BatchNormalization")
@@ -60,14 +61,17 @@ def _batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor
         raise call.refuse("it has statistics for every place, not only for every channel")
     given = (x, scale, bias, mean, variance)
     wide = reduce(torch.promote_types, (t.dtype for t in given))
-    y, weight, shift, center, spread = (t.to(wide) for t in given)
-    return functional.batch_norm(y, center, spread, weight, shift, False, 0.0, call.real("epsilon", 1e-5)).to(x.dtype)
+    y, weight, shift, center, spread = (as_type(t, wide) for t in given)
+    found = functional.batch_norm(y, center, spread, weight, shift, False, 0.0, call.real("epsilon", 1e-5))
+    return as_type(found, x.dtype)
 
 
 @operator("InstanceNormalization")
 def _instance_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Each channel of each sample by itself, which is a group of one channel."""
-    return functional.group_norm(x, int(x.shape[1]), scale, bias, call.real("epsilon", 1e-5))
+    if not isinstance(x.shape[1], int):
+        raise call.refuse("it does not say how many channels it has")
+    return functional.group_norm(x, x.shape[1], scale, bias, call.real("epsilon", 1e-5))
 
 
 @operator("GroupNormalization")
@@ -105,4 +109,4 @@ def _mean_variance_norm(call: Call, x: Tensor) -> Tensor:
     axes = call.integers("axes", [0, 2, 3]) or []
     wide = x.float() if x.dtype in _HALF else x
     variance, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
-    return ((wide - mean) / (torch.sqrt(variance) + _LEAST_DEVIATION)).to(x.dtype)
+    return as_type((wide - mean) / (torch.sqrt(variance) + _LEAST_DEVIATION), x.dtype)

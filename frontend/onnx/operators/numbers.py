@@ -176,15 +176,14 @@ def _size(call: Call, x: Ints) -> Any:
     return Ints((len(x.values),), 0)
 
 
-@numbers("ReduceProd")
-def _product(call: Call, x: Ints, axes: Ints | None = None) -> Any:
-    return _DECLINED if not _whole(x) else Ints((prod(x.values),), int(call.flag("keepdims", True)), x.dtype)
-
-
-@numbers("ReduceSum")
-def _total(call: Call, x: Ints, axes: Ints | None = None) -> Any:
-    idle = call.flag("noop_with_empty_axes") and (axes is None or not axes.values)
-    return _DECLINED if idle or not _whole(x) else Ints((sum(x.values),), int(call.flag("keepdims", True)), x.dtype)
+@numbers("ReduceProd", "ReduceSum")
+def _reduced(call: Call, x: Ints, axes: Ints | None = None) -> Any:
+    """Return the product or sum of all entries."""
+    idle = call.flag("noop_with_empty_axes") and (axes is None or not axes.values) and not call.has("axes")
+    if idle or not _whole(x):
+        return _DECLINED
+    found = prod(x.values) if call.op == "ReduceProd" else sum(x.values)
+    return Ints((found,), x.rank if call.flag("keepdims", True) else 0, x.dtype)
 
 
 @numbers("Range")

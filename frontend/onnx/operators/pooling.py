@@ -170,12 +170,12 @@ def _roi_align(call: Call, x: Tensor, regions: Tensor, images: Tensor) -> Tensor
     rows, columns = call.integer("output_height", 1), call.integer("output_width", 1)
     half = call.text("coordinate_transformation_mode", "half_pixel" if call.version >= 16 else "") == "half_pixel"
     scaled = regions * call.real("spatial_scale", 1.0) - (0.5 if half else 0.0)
-    y = _axis_points(scaled[:, 1], scaled[:, 3], rows, points, x.shape[2], half)
-    x_ = _axis_points(scaled[:, 0], scaled[:, 2], columns, points, x.shape[3], half)
+    downs = _axis_points(scaled[:, 1], scaled[:, 3], rows, points, x.shape[2], half)
+    acrosses = _axis_points(scaled[:, 0], scaled[:, 2], columns, points, x.shape[3], half)
     image = images.long().reshape(-1, 1, 1)
     corners = []
-    for down, weight_down in y:
-        for across, weight_across in x_:
+    for down, weight_down in downs:
+        for across, weight_across in acrosses:
             read = x[image, :, down[:, :, None], across[:, None, :]]
             corners.append(read * (weight_down[:, :, None] * weight_across[:, None, :])[..., None])
     stacked = torch.stack(corners)

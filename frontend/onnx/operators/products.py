@@ -11,6 +11,11 @@ from frontend.onnx.registry import operator
 _WIDE = (torch.uint16, torch.uint32, torch.uint64)
 
 
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a type; unlike a plain cast, one that has it leaves no call in the graph."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _as_signed(x: Tensor) -> Tensor:
     """Return numbers of types that torch does not multiply as int64, whose products agree in the bits that count."""
     return x.to(torch.int64) if x.dtype in _WIDE else x
@@ -27,9 +32,9 @@ def _gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     c = None if c is None or beta == 0 else _as_signed(c)
     left = a.t() if call.flag("transA") else a
     if alpha == 1 and beta == 1 and left is a:
-        return _linear(a, b if call.flag("transB") else b.t(), c).to(dtype)
+        return as_type(_linear(a, b if call.flag("transB") else b.t(), c), dtype)
     product = _times(torch.matmul(left, b.t() if call.flag("transB") else b), alpha)
-    return (product if c is None else product + _times(c, beta)).to(dtype)
+    return as_type(product if c is None else product + _times(c, beta), dtype)
 
 
 def _linear(a: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
@@ -50,5 +55,4 @@ def _times(x: Tensor, factor: float) -> Tensor:
 
 @operator("Einsum")
 def _einsum(call: Call, *inputs: Tensor) -> Tensor:
-    found = torch.einsum(call.text("equation", ""), *(_as_signed(x) for x in inputs))
-    return found.to(inputs[0].dtype)
+    return as_type(torch.einsum(call.text("equation", ""), *(_as_signed(x) for x in inputs)), inputs[0].dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frontend.onnx.arguments import axis_of, size_of, sizes_of
 from frontend.onnx.call import Call
+from frontend.onnx.operators.products import as_type
 from frontend.onnx.registry import operator
 from frontend.onnx.values import as_tensor
 
@@ -70,7 +71,7 @@ def _log_sum_exp(x: Tensor, dims: list[int], keep: bool) -> Tensor:
     if not x.is_floating_point():
         raise TypeError("it has no meaning for whole numbers")
     wide = x.float() if x.dtype in _HALF else x
-    return torch.logsumexp(wide, dims, keepdim=keep).to(x.dtype)
+    return as_type(torch.logsumexp(wide, dims, keepdim=keep), x.dtype)
 
 
 _REDUCTIONS: dict[str, tuple[_Over, _Alone]] = {
@@ -104,7 +105,7 @@ def _enter_all() -> None:
             x = given.to(torch.int64) if given.dtype in _WIDE else given
             dims = _dims(call, x, axes)
             found = over(x, dims, call.flag("keepdims", True)) if dims else alone(x)
-            return found.to(given.dtype)
+            return as_type(found, given.dtype)
 
         return rule
 
