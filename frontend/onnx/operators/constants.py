@@ -38,8 +38,7 @@ def _constant(call: Call) -> Any:
 def _stored(value: Any) -> Any:
     """Return a stored tensor; few whole numbers stay numbers, since tensors made while tracing lose their values."""
     dtype, array = torch_dtype(int(value.dtype)), value.numpy()
-    whole = dtype is not None and not dtype.is_floating_point and not dtype.is_complex
-    if not whole or array.ndim > 1 or array.size > MOST_INTS:
+    if dtype is None or dtype.is_floating_point or dtype.is_complex or array.ndim > 1 or array.size > MOST_INTS:
         return tensor_of(value)
     return Ints(tuple(array.reshape(-1).tolist()), array.ndim, dtype)
 
@@ -69,7 +68,9 @@ def _range(call: Call, start: Any, limit: Any, delta: Any) -> Tensor:
     count = max(0, ceil((end - first) / step))
     wide = call.dtype("stash_type", torch.float32) if dtype in _NARROW else dtype
     at = torch.arange(count, dtype=wide)
-    return (at * as_tensor(delta).reshape(()).to(wide) + as_tensor(start).reshape(()).to(wide)).to(dtype)
+    by, begin = (as_tensor(v).reshape(()).to(wide) for v in (delta, start))
+    entries: Tensor = at * by + begin
+    return entries.to(dtype)
 
 
 def _reached(first: Any, end: Any, step: Any) -> Any:

@@ -195,6 +195,11 @@ def _deform_conv(
     """
     if x.ndim != 4:
         raise call.refuse(f"its input has {x.ndim} axes, not 4")
+    if x.dtype in (torch.float16, torch.bfloat16):
+        # Of such types, places in an image are too coarse.
+        wide = [None if v is None else v.float() for v in (x, weight, offset, bias, mask)]
+        found: Tensor = _deform_conv(call, *wide)
+        return found.to(x.dtype)
     windows = windows_of(call, x, weight.shape[2:])
     groups, parts = call.integer("group", 1), call.integer("offset_group", 1)
     batch, channels, height, width = x.shape
@@ -211,12 +216,14 @@ def _deform_conv(
         read = read * mask.reshape(batch, parts, 1, entries, rows, columns)
     lines = read.reshape(batch, groups, channels // groups * entries, rows * columns)
     kernels = weight.reshape(groups, weight.shape[0] // groups, -1)
-    found = torch.matmul(kernels, lines).reshape(batch, weight.shape[0], rows, columns)
-    return found if bias is None else found + bias.reshape(-1, 1, 1)
+    summed = torch.matmul(kernels, lines).reshape(batch, weight.shape[0], rows, columns)
+    return summed if bias is None else summed + bias.reshape(-1, 1, 1)
 
 
 def _positions(windows: Windows, axis: int, count: Any, dtype: torch.dtype) -> Tensor:
     """Return where each window's entries lie along an axis, shaped for (row and column in kernel, row, column)."""
-    inside = torch.arange(windows.kernel[axis], dtype=dtype) * windows.dilations[axis] - windows.begin[axis]
-    starts = torch.arange(count, dtype=dtype) * windows.strides[axis]
-    return inside.reshape(-1, 1, 1, 1) + starts.reshape(-1, 1) if axis == 0 else inside.reshape(-1, 1, 1) + starts
+    inside: Tensor = torch.arange(windows.kernel[axis], dtype=dtype) * windows.dilations[axis] - windows.begin[axis]
+    starts: Tensor = torch.arange(count, dtype=dtype) * windows.strides[axis]
+    if axis == 0:
+        return inside.reshape(-1, 1, 1, 1) + starts.reshape(-1, 1)
+    return inside.reshape(-1, 1, 1) + starts

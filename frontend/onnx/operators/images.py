@@ -66,6 +66,11 @@ class _Axis:
         return self.scale is None or (self.known and self.size * self.scale == self.out) or self.scale.is_integer()
 
     @property
+    def many(self) -> bool:
+        """Whether there surely is more than one entry after."""
+        return self.out > 1 if self.known else (self.times or 0) > 1
+
+    @property
     def times(self) -> int | None:
         """By which whole number the axis grows, None where it does otherwise."""
         if self.scale is not None:
@@ -204,8 +209,8 @@ def _by_torch(x: Tensor, plan: Sequence[_Axis], style: _Style) -> Tensor | None:
         return None
     if not all(p.whole for p in plan) or style.transform not in (*_HALF, "align_corners"):
         return None
-    # For one entry torch reads the first where ONNX's form of the half pixel does not tell which.
-    if style.transform == "pytorch_half_pixel" and not all(p.known and p.out > 1 for p in plan):
+    # Of one entry alone torch reads the middle, and ONNX's torch-like form of the half pixel the first.
+    if style.transform == "pytorch_half_pixel" and not all(p.many for p in plan):
         return None
     return F.interpolate(
         x, sizes, mode="bicubic" if cubic else _LINEAR[rank], align_corners=style.transform == "align_corners"
@@ -257,19 +262,32 @@ def _points(call: Call, axis: _Axis, style: _Style) -> Any:
     if transform == "asymmetric":
         return x * size / out if axis.scale is None else x / axis.scale
     if transform == "align_corners":
-        return x * 0 if width == 1 else x * (size - 1) / (width - 1)
+        # Where there is only the entry 0, what it is divided by is the same.
+        return x * (size - 1) / torch.sym_max(width - 1, 1)
     if transform == "tf_crop_and_resize":
+        if not axis.known:
+            raise call.refuse("what is cut out depends on sizes that are not known")
         begin, end = axis.part
         if out == 1:
             return x * 0 + 0.5 * (begin + end) * (size - 1)
         return begin * (size - 1) + x * (end - begin) * (size - 1) / (width - 1)
-    if transform == "pytorch_half_pixel" and width == 1:
-        if style.mode == "cubic":
-            raise call.refuse("ONNX and its reference disagree on where it reads a single entry")
-        return x * 0
-    middle = (x + 0.5) * size / out if axis.scale is None else (x + 0.5) / axis.scale
-    shift = size / 2 * (1 - out / width) if transform == "half_pixel_symmetric" else 0
-    return middle - 0.5 + shift
+    middle = ((x + 0.5) * size / out if axis.scale is None else (x + 0.5) / axis.scale) - 0.5
+    if transform == "half_pixel_symmetric" and not axis.whole:
+        return middle + size / 2 * (1 - out / width)
+    if transform == "pytorch_half_pixel" and not axis.many:
+        return _first_alone(call, middle, axis, style)
+    return middle
+
+
+def _first_alone(call: Call, middle: Any, axis: _Axis, style: _Style) -> Any:
+    """Return points as torch's form of the half pixel has them: the first entry where there is only one."""
+    if style.mode == "cubic":
+        raise call.refuse("ONNX and its reference disagree on where it reads a single entry")
+    if axis.known:
+        return middle * 0 if axis.out == 1 and axis.whole else middle
+    if axis.scale is not None:
+        raise call.refuse("whether it gives a single entry depends on sizes that are not known")
+    return middle * torch.sym_min(axis.out - 1, 1)
 
 
 def _weights(at: Any, axis: _Axis, style: _Style) -> tuple[Any, Any]:

@@ -26,9 +26,11 @@ def _pool_windows(call: Call, x: Tensor) -> tuple[Windows, bool]:
     return windows, call.flag("ceil_mode") and call.text("auto_pad", "NOTSET") in ("NOTSET", "")
 
 
-def _fits(windows: Windows) -> bool:
+def _fits(windows: Windows, sizes: Sequence[Any], ceil: bool) -> bool:
     """Return whether torch's pooling takes the pads: as many on both sides, at most half a window."""
-    return windows.even and all(2 * p <= k for p, k in zip(windows.begin, windows.kernel, strict=True))
+    half = all(2 * p <= k for p, k in zip(windows.begin, windows.kernel, strict=True)) if windows.even else False
+    # Where the last window begins, torch would decide for the sizes that a symbol stands for while tracing.
+    return half and (not ceil or all(isinstance(size, int) for size in sizes))
 
 
 def _completed(windows: Windows, sizes: Sequence[Any]) -> Windows:
@@ -36,10 +38,9 @@ def _completed(windows: Windows, sizes: Sequence[Any]) -> Windows:
     end = []
     for i, size in enumerate(sizes):
         stride, span = windows.strides[i], windows.spans[i]
-        count = -((span - size - windows.begin[i] - windows.end[i]) // stride) + 1
-        if (count - 1) * stride >= size + windows.begin[i]:
-            count = count - 1
-        end.append((count - 1) * stride + span - size - windows.begin[i])
+        before = size + windows.begin[i]
+        steps = torch.sym_min(-((span - before - windows.end[i]) // stride), (before - 1) // stride)
+        end.append(steps * stride + span - before)
     return replace(windows, end=end)
 
 
@@ -48,8 +49,8 @@ def _max_pool(call: Call, x: Tensor) -> Any:
     """The second result is where the largest lies in the whole input as one vector."""
     windows, ceil = _pool_windows(call, x)
     sizes, dtype = x.shape[2:], x.dtype
-    pads = windows.begin
-    if not _fits(windows):
+    pads, fits = windows.begin, _fits(windows, sizes, ceil)
+    if not fits:
         # Whole numbers of a byte have no value below all others, and as floats they are exact.
         image = x if x.is_floating_point() else x.float()
         whole = _completed(windows, sizes) if ceil else windows
@@ -59,7 +60,7 @@ def _max_pool(call: Call, x: Tensor) -> Any:
     if not indices:
         return found.to(dtype)
     values, places = found
-    shift = [0] * windows.rank if _fits(windows) else windows.begin
+    shift = [0] * windows.rank if fits else windows.begin
     return values.to(dtype), _flat(places, x.shape[2:], sizes, shift, call.flag("storage_order"))
 
 
@@ -79,10 +80,9 @@ def _flat(places: Tensor, wide: Sequence[Any], sizes: Sequence[Any], shift: Sequ
 
 def _sums(x: Tensor, windows: Windows) -> Tensor:
     """Return the sum of each window, without pads, by a convolution of every channel with ones."""
-    ones = torch.ones([1, 1, *windows.kernel], dtype=x.dtype)
+    ones = torch.ones([x.shape[1], 1, *windows.kernel], dtype=x.dtype)
     plain = replace(windows, begin=[0] * windows.rank, end=[0] * windows.rank)
-    found = convolved(x.reshape(-1, 1, *x.shape[2:]), ones, None, plain, 1)
-    return found.reshape(*x.shape[:2], *found.shape[2:])
+    return convolved(x, ones, None, plain, x.shape[1])
 
 
 @operator("AveragePool")
@@ -92,7 +92,7 @@ def _average_pool(call: Call, x: Tensor) -> Tensor:
     counted = call.flag("count_include_pad")
     run = _MEAN[windows.rank]
     if max(windows.dilations) == 1:
-        if _fits(windows):
+        if _fits(windows, x.shape[2:], ceil):
             return run(x, windows.kernel, windows.strides, windows.begin, ceil, counted)
         if counted and not ceil:
             return run(padded(x, windows.begin, windows.end), windows.kernel, windows.strides)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from frontend.onnx.arguments import axis_of, constant_of, number_of, size_of, sizes_of
 from frontend.onnx.call import Call
 from frontend.onnx.registry import operator
-from frontend.onnx.values import Ints, as_tensor, sizes
+from frontend.onnx.values import Ints, sizes
 
 # Types of the same width, for what torch has no kernel for with wide unsigned numbers.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -32,6 +32,11 @@ def _axes(call: Call, axes: Sequence[Any], rank: int) -> list[int]:
     return found
 
 
+def _tensor(value: Tensor | Ints) -> Tensor:
+    """Return numbers that are known as a tensor, so that they move as one."""
+    return value.tensor() if isinstance(value, Ints) else value
+
+
 def _is(value: Any, number: int) -> bool:
     """Return whether a size is known to be a number; a symbolic one is not."""
     return isinstance(value, int) and value == number
@@ -44,20 +49,20 @@ def _moved(x: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 @operator("Shape", raw=True)
-def _shape(call: Call, x: Any) -> Ints:
+def _shape(call: Call, x: Tensor | Ints) -> Ints:
     """Sizes of the axes from `start` to `end`, which are clamped as in a Python slice."""
-    return sizes(as_tensor(x).shape[call.integer("start", 0) : call.get("end")])
+    return sizes(_tensor(x).shape[call.integer("start", 0) : call.get("end")])
 
 
 @operator("Size", raw=True)
-def _size(call: Call, x: Any) -> Ints:
-    return Ints((prod(as_tensor(x).shape),), 0)
+def _size(call: Call, x: Tensor | Ints) -> Ints:
+    return Ints((prod(_tensor(x).shape),), 0)
 
 
 @operator("Reshape", raw=True)
-def _reshape(call: Call, x: Any, shape: Any = None) -> Tensor:
+def _reshape(call: Call, x: Tensor | Ints, shape: Any = None) -> Tensor:
     """A size of 0 copies that of the same axis, unless `allowzero` takes it as it is; -1 is what is left."""
-    x, asked = as_tensor(x), _given(call, shape, "shape")
+    x, asked = _tensor(x), _given(call, shape, "shape")
     if asked is None:
         raise call.refuse("it has no shape")
     if call.flag("allowzero"):
@@ -77,9 +82,9 @@ def _transpose(call: Call, x: Tensor) -> Tensor:
 
 
 @operator("Squeeze", raw=True)
-def _squeeze(call: Call, x: Any, axes: Any = None) -> Tensor:
+def _squeeze(call: Call, x: Tensor | Ints, axes: Any = None) -> Tensor:
     """Without axes all of size 1 are dropped."""
-    x, asked = as_tensor(x), _given(call, axes, "axes")
+    x, asked = _tensor(x), _given(call, axes, "axes")
     if asked is None:
         return x.squeeze()
     chosen = _axes(call, asked, x.ndim)
@@ -90,9 +95,9 @@ def _squeeze(call: Call, x: Any, axes: Any = None) -> Tensor:
 
 
 @operator("Unsqueeze", raw=True)
-def _unsqueeze(call: Call, x: Any, axes: Any = None) -> Tensor:
+def _unsqueeze(call: Call, x: Tensor | Ints, axes: Any = None) -> Tensor:
     """The axes are those of the result."""
-    x, asked = as_tensor(x), _given(call, axes, "axes")
+    x, asked = _tensor(x), _given(call, axes, "axes")
     if asked is None:
         raise call.refuse("it has no axes")
     for axis in sorted(_axes(call, asked, x.ndim + len(asked))):
@@ -112,9 +117,9 @@ def _flatten(call: Call, x: Tensor) -> Tensor:
 
 
 @operator("Expand", raw=True)
-def _expand(call: Call, x: Any, shape: Any) -> Tensor:
+def _expand(call: Call, x: Tensor | Ints, shape: Any) -> Tensor:
     """Broadcasting goes both ways: a size of 1 in the shape keeps the tensor's, and the shape may be shorter."""
-    x, asked = as_tensor(x), sizes_of(call, shape, "its shape")
+    x, asked = _tensor(x), sizes_of(call, shape, "its shape")
     if any(isinstance(v, int) and v < 0 for v in asked):
         raise call.refuse(f"its shape {asked} has a negative size")
     added = len(asked) - x.ndim
@@ -128,9 +133,9 @@ def _concat(call: Call, *parts: Tensor) -> Tensor:
 
 
 @operator("Split", raw=True)
-def _split(call: Call, x: Any, split: Any = None) -> tuple[Tensor, ...]:
+def _split(call: Call, x: Tensor | Ints, split: Any = None) -> tuple[Tensor, ...]:
     """Parts of given sizes along an axis, or as many as there are results."""
-    x, asked = as_tensor(x), _given(call, split, "split")
+    x, asked = _tensor(x), _given(call, split, "split")
     (axis,) = _axes(call, [call.integer("axis", 0)], x.ndim)
     return tuple(torch.split(x, asked or _parts(call, x.shape[axis]), axis))
 
@@ -146,9 +151,11 @@ def _parts(call: Call, size: Any) -> list[Any]:
 
 
 @operator("Slice", raw=True)
-def _slice(call: Call, x: Any, starts: Any = None, ends: Any = None, axes: Any = None, steps: Any = None) -> Tensor:
+def _slice(
+    call: Call, x: Tensor | Ints, starts: Any = None, ends: Any = None, axes: Any = None, steps: Any = None
+) -> Tensor:
     """Entries from start to before end by a step, along each axis that is named; positions may be out of range."""
-    x, first, last = as_tensor(x), _given(call, starts, "starts"), _given(call, ends, "ends")
+    x, first, last = _tensor(x), _given(call, starts, "starts"), _given(call, ends, "ends")
     if first is None or last is None:
         raise call.refuse("it has no starts or no ends")
     asked, by = _given(call, axes, "axes"), _given(call, steps, "steps")
@@ -164,10 +171,16 @@ def _slice(call: Call, x: Any, starts: Any = None, ends: Any = None, axes: Any =
 def _cut(x: Tensor, axis: int, start: Any, end: Any, step: int) -> Tensor:
     """Slice an axis; a negative step goes forward through the reversed axis, and starts on it."""
     if step > 0:
-        return torch.ops.aten.slice.Tensor(x, axis, start, end, step)
+        return _part(x, axis, start, end, step)
     size = x.shape[axis]
     start = torch.sym_min(_mirrored(start, size), size - 1)
-    return torch.ops.aten.slice.Tensor(x.flip(axis), axis, start, _mirrored(end, size), -step)
+    return _part(_moved(x, lambda v: v.flip(axis)), axis, start, _mirrored(end, size), -step)
+
+
+def _part(x: Tensor, axis: int, start: Any, end: Any, step: int = 1) -> Tensor:
+    """Slice one axis forward, without the slices of all other axes that indexing would add."""
+    found: Tensor = torch.ops.aten.slice.Tensor(x, axis, start, end, step)
+    return found
 
 
 def _mirrored(position: Any, size: Any) -> Any:
@@ -176,9 +189,9 @@ def _mirrored(position: Any, size: Any) -> Any:
 
 
 @operator("Tile", raw=True)
-def _tile(call: Call, x: Any, repeats: Any, axis: Any = None) -> Tensor:
+def _tile(call: Call, x: Tensor | Ints, repeats: Any, axis: Any = None) -> Tensor:
     """Before version 6, one number for one axis."""
-    x = as_tensor(x)
+    x = _tensor(x)
     if axis is not None:
         count = size_of(call, repeats, "its number of copies")
         (chosen,) = _axes(call, sizes_of(call, axis, "its axis"), x.ndim)
@@ -190,9 +203,9 @@ def _tile(call: Call, x: Any, repeats: Any, axis: Any = None) -> Tensor:
 
 
 @operator("Pad", raw=True)
-def _pad(call: Call, x: Any, pads: Any = None, value: Any = None, axes: Any = None) -> Tensor:
+def _pad(call: Call, x: Tensor | Ints, pads: Any = None, value: Any = None, axes: Any = None) -> Tensor:
     """Entries before and after each axis; negative numbers cut off as many."""
-    x, asked = as_tensor(x), _given(call, pads, "paddings" if call.version < 2 else "pads")
+    x, asked = _tensor(x), _given(call, pads, "paddings" if call.version < 2 else "pads")
     chosen = list(range(x.ndim)) if axes is None else _axes(call, sizes_of(call, axes, "its axes"), x.ndim)
     if asked is None or len(asked) != 2 * len(chosen):
         raise call.refuse(f"it has {len(asked or [])} widths for {len(chosen)} axes")
@@ -215,7 +228,8 @@ def _padded(call: Call, x: Tensor, widths: dict[int, tuple[Any, Any]], value: An
     if not isinstance(value, float):
         if not isinstance(value, Ints) and constant_of(value) is None:
             inside = torch.constant_pad_nd(torch.ones_like(x, dtype=torch.bool), flat, False)
-            return torch.where(inside, torch.constant_pad_nd(x, flat, 0), value.reshape(()))
+            fill: Tensor = value.reshape(())
+            return torch.where(inside, torch.constant_pad_nd(x, flat, 0), fill)
         value = number_of(call, value, "its value")
     return torch.constant_pad_nd(x, flat, value)
 
@@ -243,7 +257,7 @@ def _continued(
 ) -> Tensor:
     """Pad an axis with entries of its own; what negative widths cut off is not among them."""
     size = x.shape[axis]
-    x = torch.ops.aten.slice.Tensor(x, axis, max(0, -before), size - max(0, -after))
+    x = _part(x, axis, max(0, -before), size - max(0, -after))
     size, before, after = x.shape[axis], max(0, before), max(0, after)
     if _is(size, 0):
         raise call.refuse("it repeats the entries of an axis that has none")
@@ -283,9 +297,9 @@ def _block(call: Call, x: Tensor) -> tuple[int, str]:
 
 
 @operator("CenterCropPad", raw=True)
-def _center_crop_pad(call: Call, x: Any, shape: Any) -> Tensor:
+def _center_crop_pad(call: Call, x: Tensor | Ints, shape: Any) -> Tensor:
     """Cut or pad with zeros to a shape; of an odd number, one more is cut or added at the end."""
-    x, asked = as_tensor(x), sizes_of(call, shape, "its shape")
+    x, asked = _tensor(x), sizes_of(call, shape, "its shape")
     axes = call.integers("axes")
     chosen = _axes(call, range(x.ndim) if axes is None else axes, x.ndim)
     widths = {}
@@ -310,9 +324,9 @@ def _reverse_sequence(call: Call, x: Tensor, lengths: Tensor) -> Tensor:
 
 
 @operator("Trilu", raw=True)
-def _trilu(call: Call, x: Any, k: Any = None) -> Tensor:
+def _trilu(call: Call, x: Tensor | Ints, k: Any = None) -> Tensor:
     """Clear what is below the diagonal k, or above it unless `upper`; k may come from data."""
-    x, upper = as_tensor(x), call.flag("upper", True)
+    x, upper = _tensor(x), call.flag("upper", True)
     if k is None or isinstance(k, Ints) or constant_of(k) is not None:
         diagonal = 0 if k is None else size_of(call, k, "its diagonal")
         return _moved(x, lambda v: v.triu(diagonal) if upper else v.tril(diagonal))

@@ -38,12 +38,12 @@ def _dft(call: Call, x: Any, length: Any = None, axis: Any = None) -> Tensor:
         size = size_of(call, length, "its length")
     elif half and inverse:
         size = 2 * (size - 1)
-    wide = _wide(x)
-    signal = _complex(wide)
+    signal = _complex(_wide(x))
+    found: Tensor
     if half and inverse:
         found = torch.fft.irfft(signal, size, along)[..., None]
     elif inverse:
-        found = torch.view_as_real(torch.fft.ifft(signal, size, along))
+        found = torch.view_as_real(torch.fft.ifft(signal, size, along).resolve_conj())
     else:
         found = _spectrum(signal, size, along, half)
     return found.to(x.dtype)
