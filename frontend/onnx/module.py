@@ -47,9 +47,9 @@ class GraphModule(nn.Module):
             place.module(str(step.node.name or step.node.op_type), step)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
-        """Run all nodes; return the outputs as tensors."""
+        """Run all nodes; return the outputs as tensors. A graph without inputs is given one, which it does not read."""
         env: Env = dict(self.known)
-        env.update(zip(self.inputs, inputs, strict=True))
+        env.update(zip(self.inputs, inputs, strict=False))
         env.update({value: self.get_parameter(path) for value, path in self.weights.items()})
         for step in self.steps:
             step(env)

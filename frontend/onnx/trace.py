@@ -49,11 +49,14 @@ def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) 
     inputs = [v for v in graph.inputs if v.name not in known and v.name not in graph.initializers]
     module = GraphModule(run, graph, env, folded, inputs, weights)
     example, dims, names = _examples(inputs)
-    exported = _exported(module, example, dims, name)
+    # The exporter takes no module without inputs that has constants.
+    exported = _exported(module, example or (torch.zeros(1),), dims or ({},), name)
     program = import_exported(exported, name, "", _symbols(exported, inputs, names), {})
     source = OnnxSource({module.paths[n]: t for n, t in weights.items()})
     for path in [p for p in source.names() if p in program.params]:
         program.params.enter(path, Entry(source, path, source.type_of(path)))
+    for node in program.inputs[len(inputs) :]:
+        program.graph.erase_node(node)
     for node, value in zip(program.inputs, inputs, strict=True):
         rename(node, identifier(str(value.name)))
         node.target = node.name
@@ -148,7 +151,7 @@ def _exported(module: nn.Module, example: tuple[Any, ...], dims: tuple[Any, ...]
 
     try:
         with torch.no_grad():
-            return export(module.eval(), example, dynamic_shapes=(dims,) if dims else None, strict=False)
+            return export(module.eval(), example, dynamic_shapes=(dims,), strict=False)
     except NomulError:
         raise
     # The exporter lets through whatever running the graph raises, which may be anything.

@@ -57,7 +57,8 @@ def _heads(call: Call, x: Tensor, name: str) -> Tensor:
     count = call.integer(name, 0)
     if count <= 0:
         raise call.refuse(f"with inputs of rank 3 its attribute {name} must be given")
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+    apart: Tensor = x.unflatten(-1, (count, -1))
+    return apart.transpose(1, 2)
 
 
 def _usual_precision(call: Call, dtype: torch.dtype) -> bool:

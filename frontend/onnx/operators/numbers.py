@@ -133,7 +133,16 @@ def _gather(call: Call, x: Ints, index: Ints) -> Any:
 
 
 @numbers("Slice")
-def _slice(call: Call, x: Ints, starts: Ints, ends: Ints, axes: Ints | None = None, steps: Ints | None = None) -> Any:
+def _slice(
+    call: Call,
+    x: Ints,
+    starts: Ints | None = None,
+    ends: Ints | None = None,
+    axes: Ints | None = None,
+    steps: Ints | None = None,
+) -> Any:
+    if starts is None or ends is None:
+        return _DECLINED
     given = [part.values for part in (starts, ends, *([steps] if steps is not None else []))]
     if x.rank != 1 or any(len(v) != 1 or not isinstance(v[0], int) for v in given):
         return _DECLINED
@@ -155,11 +164,14 @@ def _squeeze(call: Call, x: Ints, axes: Ints | None = None) -> Any:
 
 @numbers("Unsqueeze")
 def _unsqueeze(call: Call, x: Ints, axes: Ints | None = None) -> Any:
-    return Ints(x.values, 1, x.dtype) if x.rank == 0 else _DECLINED
+    count = len(call.integers("axes") or []) if axes is None else len(axes.values)
+    return Ints(x.values, 1, x.dtype) if x.rank == 0 and count == 1 else _DECLINED
 
 
 @numbers("Reshape")
-def _reshape(call: Call, x: Ints, shape: Ints) -> Any:
+def _reshape(call: Call, x: Ints, shape: Ints | None = None) -> Any:
+    if shape is None:
+        return _DECLINED
     if shape.values in ((), (1,), (-1,), (len(x.values),)) and (shape.values or len(x.values) == 1):
         return Ints(x.values, len(shape.values), x.dtype)
     return _DECLINED

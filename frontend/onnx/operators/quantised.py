@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from frontend.onnx.arguments import axis_of
 from frontend.onnx.call import Call
+from frontend.onnx.operators.convolution import convolved, windows_of
 from frontend.onnx.registry import operator
 
 _GRIDS = (torch.uint8, torch.int8, torch.uint16, torch.int16)
 _HALVES = (torch.float16, torch.bfloat16)
-_CONVOLVE: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 @operator("QuantizeLinear")
@@ -99,39 +98,17 @@ def _quantised_conv(
     """The weight's scale and zero point are for all or for each output channel; the bias is on the products' grid."""
     if any(t.numel() != 1 for t in (x_scale, x_zero, y_scale, y_zero)):
         raise call.refuse("its input or its result has several scales or zero points")
-    if x.ndim not in _CONVOLVE:
-        raise call.refuse(f"its input has rank {x.ndim}")
+    windows = windows_of(call, x, w.shape[2:])
     across = [1] * (w.ndim - 1)
+    rows = _moved(x, _single(x_zero))
     kernel = _moved(w, _single(w_zero) if w_zero.numel() == 1 else w_zero.reshape(-1, *across))
-    strides = call.integers("strides") or [1] * (x.ndim - 2)
-    dilations = call.integers("dilations") or [1] * (x.ndim - 2)
-    rows = F.pad(_moved(x, _single(x_zero)), _pads(call, x, w, strides, dilations))
-    total = _CONVOLVE[x.ndim](rows, kernel, bias, strides, 0, dilations, call.integer("group", 1))
+    if any(d != 1 for d in windows.dilations):
+        # Torch has no dilated convolution of whole numbers; float64 holds such sums exactly.
+        rows, kernel, bias = rows.double(), kernel.double(), None if bias is None else bias.double()
+    total = convolved(rows, kernel, bias, windows, call.integer("group", 1))
     by_channel = _single(w_scale) if w_scale.numel() == 1 else w_scale.reshape(-1, *across[1:])
     factor = _single(x_scale) * by_channel / _single(y_scale)
     return _on_grid(call, total.to(torch.float32) * factor.to(torch.float32), _single(y_zero), y_zero.dtype)
-
-
-def _pads(call: Call, x: Tensor, w: Tensor, strides: list[int], dilations: list[int]) -> list[Any]:
-    """Return the padding of the spatial dims as `F.pad` wants it: the last dim first, front and back."""
-    rank, how = x.ndim - 2, call.text("auto_pad", "NOTSET")
-    if how not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
-        raise call.refuse(f"its attribute auto_pad is {how}")
-    if how == "NOTSET":
-        given = call.integers("pads") or [0] * (2 * rank)
-        return [p for d in reversed(range(rank)) for p in (given[d], given[d + rank])]
-    found = list[Any]()
-    for d in reversed(range(rank)):
-        size, stride, reach = x.shape[d + 2], strides[d], (w.shape[d + 2] - 1) * dilations[d] + 1
-        if how == "VALID" or (stride != 1 and not isinstance(size, int)):
-            total = 0
-            if how != "VALID":
-                raise call.refuse("its padding depends on a size that is not known at import")
-        else:
-            total = reach - 1 if stride == 1 else max((-(-size // stride) - 1) * stride + reach - size, 0)
-        less = total // 2
-        found += [less, total - less] if how == "SAME_UPPER" else [total - less, less]
-    return found
 
 
 def _moved(x: Tensor, zero: Tensor | None) -> Tensor:
@@ -173,7 +150,7 @@ def _spread(call: Call, value: Tensor, x: Tensor) -> Tensor:
 
 
 def _on_grid(call: Call, x: Tensor, zero: Tensor | None, grid: torch.dtype) -> Tensor:
-    """Return numbers rounded to even, moved by a zero point and clamped to a type; halves could not hold all of them."""
+    """Return numbers rounded to even, moved by a zero point and clamped to a type; halves are widened for that."""
     if grid not in _GRIDS:
         raise call.refuse(f"its result has type {grid}")
     found = torch.round(x)

@@ -241,7 +241,8 @@ def _width(widths: dict[int, tuple[Any, Any]], axis: int) -> tuple[Any, Any]:
 def _reflected(at: Tensor, size: Any) -> Tensor:
     """The last entry is not repeated, so that positions come again after twice the size less 2."""
     last = size - 1
-    return last - (at.remainder(1 if _is(last, 0) else 2 * last) - last).abs()
+    found: Tensor = last - (at.remainder(1 if _is(last, 0) else 2 * last) - last).abs()
+    return found
 
 
 # By mode: from positions that may be before or behind an axis, and its size, which entry is there.
