@@ -21,6 +21,10 @@ _DOMAINS = ("", "ai.onnx")
 # Functions that call functions, deeper than any exporter writes them.
 _DEEPEST = 32
 
+# Whole numbers narrower than a byte are held in one, so that rules cannot tell where they saturate.
+_NARROW = (onnx.DataType.INT4, onnx.DataType.UINT4, onnx.DataType.INT2, onnx.DataType.UINT2)
+_READ_NARROW = ("DequantizeLinear", "com.microsoft.DequantizeLinear", "Identity", "Reshape", "Transpose")
+
 Env = dict[onnx.Value, Any]
 
 
@@ -49,6 +53,11 @@ class Interpreter:
         while inputs and inputs[-1] is None:
             inputs.pop()
         call = self.call(node, attributes)
+        narrow = next((v for v in node.inputs if v is not None and v.dtype in _NARROW), None)
+        if narrow is not None and call.op not in _READ_NARROW:
+            raise call.refuse(
+                f"{narrow.name} has whole numbers of type {narrow.dtype.name}, which are only dequantised"
+            )
         found = self.results(node, call, inputs, env)
         if not isinstance(found, tuple):
             found = (found,)

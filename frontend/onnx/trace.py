@@ -24,8 +24,8 @@ from ir.program import Program, rename
 
 # Initializers of more entries are weights: they are named, and read from their file when a pass asks for them.
 _WEIGHT = 8
-# Sizes that stand for symbolic dims while tracing: distinct, and neither 0 nor 1.
-_SAMPLES = (2, 7, 11, 13, 17, 19, 23, 29)
+# Sizes that stand for symbolic dims while tracing: distinct, and large enough for windows that slide over them.
+_SAMPLES = (7, 11, 13, 17, 19, 23, 29, 31)
 # Entries that no input has; a declared shape beyond is damage.
 _MOST_ENTRIES = 1 << 31
 # Tokens and what a cache holds of earlier ones, whose sum is how long a mask is.
@@ -163,12 +163,19 @@ def _exported(module: nn.Module, example: tuple[Any, ...], dims: tuple[Any, ...]
 
 
 def _symbols(exported: Any, inputs: list[onnx.Value], names: Mapping[str, list[str | None]]) -> dict[str, str]:
-    """Return exporter symbol -> the name that the model declares."""
+    """Return exporter symbol -> the name that the model declares; raises UnsupportedError for a size that was fixed."""
     found: dict[str, str] = {}
     values = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"][-len(inputs) :] if inputs else []
     for value, given in zip(inputs, values, strict=True):
         for label, size in zip(names[str(value.name)], given.shape, strict=True):
             expr = getattr(getattr(size, "node", None), "expr", None)
+            if label is not None and isinstance(size, int):
+                raise UnsupportedError(
+                    f"the size {label} of input {value.name} cannot stay open",
+                    where=str(value.name),
+                    why="an operator on the way needs to know it",
+                    fix="export the model with a fixed size there",
+                )
             if label is not None and expr is not None and expr.is_Symbol:
                 found.setdefault(str(expr), identifier(label))
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -140,13 +139,18 @@ def _functions(call: Call, names: Sequence[str]) -> list[Function]:
             found.append(_PLAIN[name])
         elif name in _WITH_ALPHA:
             one, alpha = _WITH_ALPHA[name]
-            found.append(partial(one, alpha=taken(alphas, alpha, name)))
+            found.append(_bound(one, taken(alphas, alpha, name)))
         elif name in _WITH_BETA:
             two, alpha, beta = _WITH_BETA[name]
-            found.append(partial(two, alpha=taken(alphas, alpha, name), beta=taken(betas, beta, name)))
+            found.append(_bound(two, taken(alphas, alpha, name), taken(betas, beta, name)))
         else:
             raise call.refuse(f"its activation {name} is not known")
     return found
+
+
+def _bound(function: Callable[..., Tensor], *numbers: float) -> Function:
+    """Return a function of one value."""
+    return lambda x: function(x, *numbers)
 
 
 def _run(call: Call, cell: _Cell, x: Tensor, begin: State, back: bool, lengths: Tensor | None) -> tuple[Tensor, State]:
