@@ -29,6 +29,17 @@ def product_with_weight(b: Builder, x: fx.Node, w: fx.Node) -> fx.Node | No:
     return turned if isinstance(turned, No) else b.call(aten.linear, x, turned, like=b.root)
 
 
+@decomposed(
+    lambda x, w, bias: aten.linear(x, aten.t(w), bias),
+    lambda x, w, bias: aten.linear(x, aten.transpose(w, 0, 1), bias),
+    params="w",
+)
+def linear_of_turned_weight(b: Builder, x: fx.Node, w: fx.Node, bias: fx.Node | None) -> fx.Node | No:
+    """A linear whose weight is stored inputs-first, and turned when it runs."""
+    turned = transposed(b, w)
+    return turned if isinstance(turned, No) else b.call(aten.linear, x, turned, bias, like=b.root)
+
+
 @decomposed(lambda x, dims: aten.mean(x, dims, True), consts="dims")
 def mean_of_the_last_dim(b: Builder, x: fx.Node, dims: Any) -> fx.Node | No:
     """A mean over the last dim is counted from the end, as other rules look for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ from frontend.open import Model, open_model
 from ir.analysis import blocks
 from ir.program import Program, tensor_type_of
 from ir.verify import verify
+from passes.equiv.discover import discover
 from tests.architectures import CONFIGS, VOCAB
+from tools.compile import main
+from tools.entry import run
 
-pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
 NAMES = ("llama", "gpt2")
+# Groups of scales that an architecture has none of.
+_ABSENT = {"llama": set[str](), "gpt2": {"v->o", "q<->k"}}
 
 
 @cache
@@ -90,5 +95,24 @@ def test_programs_are_sound_and_their_blocks_found(opened: tuple[str, Path, Mode
     assert model.kind == "onnx" and "canonical" in model.program.facts
     assert [n.name for n in model.program.inputs[:3]] == ["input_ids", "attention_mask", "past_key_0"]
     assert [str(d) for d in tensor_type_of(model.program.inputs[0]).dims] == ["batch", "seq"]
+    assert {g.kind for g in discover(model.program).groups} >= {"norm->linears", "v->o", "q<->k"} - _ABSENT[name]
     found = blocks(model.program)
     assert len(found) == 2 and len(found[0].nodes) == len(found[1].nodes), name
+
+
+def test_operators_are_whole_again(opened: tuple[str, Path, Model]) -> None:
+    name, _, model = opened
+    calls = [str(n.target) for n in model.program.graph.nodes if n.op == "call_function"]
+    assert sum("scaled_dot_product_attention" in c for c in calls) == 2
+    assert sum("aten.linear" in c for c in calls) == {"llama": 15, "gpt2": 9}[name]
+    assert sum("norm" in c for c in calls) == 5 and not any("matmul" in c or "softmax" in c for c in calls)
+
+
+def test_compile_takes_them(opened: tuple[str, Path, Model], tmp_path: Path) -> None:
+    _, path, _ = opened
+    passes = "fold,shiftadd{bits=3 group=16 starts=1 rounds=2 iterations=0 polish=0 sweeps=0}"
+    command = [str(path), "--passes", passes, "--calib", "self", "--samples", "4", "--seqlen", "24", "--no-gate"]
+    assert run(main, [*command, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    assert report["totals"]["compressed_linears"] >= 8 and 4 < report["totals"]["bits_per_weight_compressed"] < 7
+    assert report["pipeline"][0]["probe_relative_error"] < 1e-5

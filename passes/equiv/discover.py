@@ -84,7 +84,7 @@ class _Search:
         """Scales between a norm's gain and all linears that read it; gains that carry a q<->k scale are spoken for."""
         if node in self.gains:
             return
-        shape = channels_of(self.program, node)
+        shape = channels_of(node)
         labels = torch.arange(torch.Size(shape).numel()).view(shape)
         powers = torch.full((labels.numel(),), -1)
         kind: Kind = "norm->head" if self._ends(node) else "norm->linears"

@@ -81,7 +81,7 @@ def _sources(program: Program, attention: Attention) -> tuple[list[HeadChannels]
     origins, path = ancestry(attention.value)
     numbers = _numbered(program, origins, attention.value, path)
     _demand(not bool((numbers == UNSCALED).any()), "some channels of a head are made by no linear")
-    sizes = [channels_of(program, node)[0] for node in origins]
+    sizes = [channels_of(node)[0] for node in origins]
     tokens, rows = _split(numbers, sizes, [_elements(program, n) for n in origins])
     _demand(_same(tokens, -1), "the channels of a head come from different positions")
     _demand(_same(rows, -2), "the channels of a head differ between positions")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ir.overloads import packet_of
-from ir.program import Program, is_call
+from ir.program import Program, is_call, tensor_type_of
 from passes.equiv.rules import CASTS, LINEARS, MOVES, NORMS, RULES, offset_after
 from passes.equiv.walk import UNSCALED, Blocked, Walk
 
@@ -51,13 +51,11 @@ def seeding(program: Program, starts: Sequence[tuple[fx.Node, int]]) -> Seeding:
     return Seeding(labels, torch.tensor(powers))
 
 
-def channels_of(program: Program, node: fx.Node) -> tuple[int, ...]:
+def channels_of(node: fx.Node) -> tuple[int, ...]:
     """Return the shape over which a linear's output rows or a norm's gains extend."""
     if is_call(node, *NORMS):
         return tuple(int(d) for d in node.args[1])  # type: ignore[union-attr, arg-type]
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    return (int(program.params.type_of(str(weight.target)).dims[-2]),)
+    return (int(tensor_type_of(node).dims[-1]),)
 
 
 def ancestry(value: fx.Node) -> tuple[list[fx.Node], frozenset[fx.Node]]:
@@ -112,7 +110,7 @@ def _rows_of(program: Program, value: fx.Node) -> dict[fx.Node, Tensor]:
     labels: dict[fx.Node, Tensor] = {}
     count = 0
     for node in origins:
-        shape = channels_of(program, node)
+        shape = channels_of(node)
         total = int(torch.Size(shape).numel())
         labels[node] = torch.arange(count, count + total).view(shape)
         count += total

@@ -148,7 +148,7 @@ _AFTER: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "Tanh": lambda x, a, b: torch.tanh(x),
     "Elu": lambda x, a, b: F.elu(x, a),
     "HardSigmoid": lambda x, a, b: torch.clamp(a * x + b, 0.0, 1.0),
-    "Softplus": lambda x, a, b: torch.logaddexp(x, torch.zeros_like(x)),
+    "Softplus": lambda x, a, b: F.softplus(x),
     "Softsign": lambda x, a, b: F.softsign(x),
     "ThresholdedRelu": lambda x, a, b: torch.where(x > a, x, torch.zeros_like(x)),
 }
@@ -242,7 +242,6 @@ def _check_bits(call: Call, bits: int, block: int, order: Any, blocks: Any, expe
 
 def _zero_points(call: Call, zeros: Any, bits: int, rows: int, groups: int) -> Tensor | None:
     """Return zero points as a bit stream [N, bytes], or as floats [N, G] where they are such."""
-    constant = None
     with _disable_current_modes():
         constant = constant_of(zeros)
         if constant is not None and constant.dtype == torch.uint8:

@@ -245,9 +245,9 @@ def _added(call: Call, mask: Tensor | None, added: Tensor | None, q: Tensor, k: 
     if mask is None:
         return added
     if mask.ndim == 1:
-        if not statically_known_true(mask.shape[0] == q.shape[0]):
+        if mask.shape[0] != q.shape[0]:
             raise call.refuse("its mask tells where rows begin, or is that of a packed batch")
-        counts = torch.arange(k.shape[2], device=q.device) < mask.unsqueeze(1)
+        counts: Tensor = torch.arange(k.shape[2], device=q.device) < mask.unsqueeze(1)
     elif mask.ndim in (2, 3):
         counts = mask > 0
     else:
@@ -260,7 +260,8 @@ def _added(call: Call, mask: Tensor | None, added: Tensor | None, q: Tensor, k: 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """Return [batch, tokens, heads * width] as [batch, heads, tokens, width]."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    found: Tensor = x.unflatten(2, (heads, -1))
+    return found.transpose(1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:
