@@ -22,7 +22,8 @@ from ir.errors import NomulError, UnsupportedError
 from ir.params import Entry
 from ir.program import Program, rename
 
-# Initializers of more entries are weights: they are named, and read from their file when a pass asks for them.
+# Initializers of more entries are weights: they are named, and read from their file when a pass asks for them. Scales
+# and zero points of codes are not, since the codes that are made of them depend on their values.
 _WEIGHT = 8
 # Sizes that stand for symbolic dims while tracing: distinct, and large enough for windows that slide over them.
 _SAMPLES = (7, 11, 13, 17, 19, 23, 29, 31)
@@ -41,7 +42,8 @@ def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) 
     """
     graph, known = model.graph, known or {}
     tensors = {v.name: v.const_value for v in graph.initializers.values() if v.const_value is not None}
-    weights = {str(n): t for n, t in tensors.items() if _is_weight(t)}
+    read = {v.name for node in graph if node.op_type == "MatMulNBits" for v in node.inputs[2:4] if v is not None}
+    weights = {str(n): t for n, t in tensors.items() if _is_weight(t) and n not in read}
     run = Interpreter(model)
     env: Env = _small(graph, weights)
     env |= {v: _constant(known[str(v.name)]) for v in graph.inputs if v.name in known}

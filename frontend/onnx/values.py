@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Whole numbers of so many entries at most are kept apart from tensors: shapes, axes and the like.
 MOST_INTS = 64
@@ -27,10 +28,12 @@ class Ints:
 
     def tensor(self) -> Tensor:
         """Return the same as a tensor."""
-        if all(isinstance(v, (int, bool)) for v in self.values):
-            found = torch.tensor(list(self.values), dtype=self.dtype)
-        else:
-            found = torch.stack([torch.scalar_tensor(v, dtype=self.dtype) for v in self.values])
+        if all(isinstance(v, int) for v in self.values):
+            # A constant made while tracing would be a call in the program, and a write into it besides.
+            with _disable_current_modes():
+                found = torch.tensor(list(self.values), dtype=self.dtype)
+                return found[0] if self.rank == 0 else found
+        found = torch.stack([torch.scalar_tensor(v, dtype=self.dtype) for v in self.values])
         return found[0] if self.rank == 0 else found
 
 
@@ -46,8 +49,6 @@ def as_tensor(value: Any) -> Any:
 
 def entries(constant: Tensor) -> list[Any]:
     """Return the entries of a constant as Python numbers, without the trace in progress seeing it."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     with _disable_current_modes():
         found: list[Any] = constant.reshape(-1).tolist()
     return found
