@@ -12,6 +12,7 @@ from typing import Any
 import frontend.canonical
 import frontend.exported
 import frontend.hf
+import frontend.hf_encoder
 import frontend.raising
 import ir.edit
 import ir.pattern
@@ -30,6 +31,7 @@ from ir.text import dump
 _CHECK = "# sha256 of the constants and of the text below: "
 _SHAPERS = (
     frontend.hf,
+    frontend.hf_encoder,
     frontend.exported,
     frontend.canonical,
     frontend.raising,
@@ -49,12 +51,18 @@ def traced_program(config: Any, name: str, progress: Callable[[str], None], fold
     program = cached_program(config, name, folder)
     if program is None:
         progress(f"tracing {config.model_type}, once for this configuration")
-        program = frontend.hf.trace(config, name)
-        frontend.canonical.canonicalise(program)
+        program = _trace(config, name)
         try:
             _write(_stem(config, folder), program)
         except OSError as error:
             progress(f"the trace could not be kept for the next run: {error}")
+    return program
+
+
+def _trace(config: Any, name: str) -> Program:
+    encoder = frontend.hf_encoder.is_encoder(config)
+    program = (frontend.hf_encoder if encoder else frontend.hf).trace(config, name)
+    frontend.canonical.canonicalise(program)
     return program
 
 

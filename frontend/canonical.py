@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Callable
 from typing import Any
@@ -195,12 +196,22 @@ def name_values(program: Program) -> None:
 
 
 def _interface_names(program: Program) -> dict[fx.Node, str]:
-    names: dict[fx.Node, str] = {}
+    """Return the names of results: those that the program gives them, or those of a language model."""
+    names, taken = dict[fx.Node, str](), {n.name for n in program.inputs}
+    given = program.attributes.get("outputs")
     for index, node in enumerate(program.outputs):
-        if node.op == "call_function":
-            kind = "logits" if index == 0 else f"present_{'value' if index % 2 == 0 else 'key'}_{(index - 1) // 2}"
-            names.setdefault(node, kind)
+        kind = "logits" if index == 0 else f"present_{'value' if index % 2 == 0 else 'key'}_{(index - 1) // 2}"
+        name = kind if given is None else _identifier(str(given[index])) if index < len(given) else ""
+        if node.op == "call_function" and name and name not in taken:
+            names.setdefault(node, name)
+            taken.add(name)
     return names
+
+
+def _identifier(text: str) -> str:
+    """Return a text as the name of a value; the text form has no place for keywords."""
+    found = re.sub(r"\W+", "_", text).strip("_")
+    return f"{found}_" if keyword.iskeyword(found) or found[:1].isdigit() else found
 
 
 _KEEP_PATH: tuple[Callable[..., Any], ...] = (aten.linear, aten.rms_norm, aten.layer_norm, aten.embedding)
@@ -214,4 +225,4 @@ def _base_name(node: fx.Node) -> str:
     packet = getattr(node.target, "overloadpacket", node.target)
     op = getattr(packet, "__name__", "value").strip("_")
     text = path if path and is_call(node, *_KEEP_PATH) else f"{path}_{op}" if path else op
-    return re.sub(r"\W+", "_", text).strip("_") or type_text(kind)
+    return _identifier(text) or type_text(kind)

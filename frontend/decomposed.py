@@ -30,6 +30,19 @@ def product_with_weight(b: Builder, x: fx.Node, w: fx.Node) -> fx.Node | No:
 
 
 @decomposed(
+    lambda x, w: aten.matmul(x, aten.permute(w, [1, 0])),
+    lambda x, w: aten.matmul(x, aten.transpose(w, 0, 1)),
+    lambda x, w: aten.matmul(x, aten.t(w)),
+    params="w",
+)
+def product_with_turned_weight(b: Builder, x: fx.Node, w: fx.Node) -> fx.Node | No:
+    """x W^T with W stored outputs-first is a linear."""
+    if len(b.type(x).dims) < 2:
+        return No("it is no product of rows with a matrix")
+    return b.call(aten.linear, x, w, like=b.root)
+
+
+@decomposed(
     lambda x, w, bias: aten.linear(x, aten.t(w), bias),
     lambda x, w, bias: aten.linear(x, aten.transpose(w, 0, 1), bias),
     params="w",

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class CausalWithCache(nn.Module):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the advice that transformers and the exporter log while a model is built and traced."""
     names = ("transformers", "torch.export", "torch._dynamo", "torch.fx")
     before = {name: logging.getLogger(name).level for name in names}
@@ -70,18 +70,25 @@ def _quiet() -> Iterator[None]:
 
 
 def skeleton(config: Any, attention: str = "sdpa", **options: Any) -> nn.Module:
-    """Return the model of a configuration in float32 with allocated but never touched weights and real buffers.
-
-    Untouched allocations take address space, not memory, while buffers such as rotary frequencies are computed.
-    """
+    """Return the causal language model of a configuration as `hollow` builds it."""
     from transformers import AutoModelForCausalLM
+
+    return hollow(AutoModelForCausalLM, config, attention, **options)
+
+
+def hollow(auto: Any, config: Any, attention: str, **options: Any) -> nn.Module:
+    """Return the model that an auto class of transformers makes of a configuration, in float32 and without weights.
+
+    Weights are allocated but never touched, which takes address space, not memory; buffers such as rotary frequencies
+    are computed.
+    """
     from transformers.initialization import no_init_weights
 
-    with _quiet(), no_init_weights(), _skip_torch_init():
+    with quiet(), no_init_weights(), _skip_torch_init():
         # Building a model writes dtype and attention into its configuration, which is the caller's.
         own = copy.deepcopy(config)
-        model = AutoModelForCausalLM.from_config(own, dtype=torch.float32, attn_implementation=attention, **options)
-    model.tie_weights()  # part of the initialisation that was skipped
+        model: nn.Module = auto.from_config(own, dtype=torch.float32, attn_implementation=attention, **options)
+    model.tie_weights()  # type: ignore[operator]  # part of the initialisation that was skipped
     return model.eval().requires_grad_(False)
 
 
@@ -129,8 +136,8 @@ def cache_shapes(config: Any, attention: str) -> tuple[CacheShape, ...]:
         raise UnsupportedError(
             "the model keeps no key/value cache",
             where=str(getattr(config, "model_type", "") or type(config).__name__),
-            why="it is an encoder, or its state is not attention keys and values (Mamba, RWKV)",
-            fix="use a decoder-only language model with attention in every layer",
+            why="its state is not attention keys and values (Mamba, RWKV), or it is an encoder not configured as one",
+            fix="use a decoder with attention in every layer, or an encoder whose config names its class (BertModel)",
         )
     shapes = []
     for index, layer in enumerate(layers):
@@ -149,13 +156,20 @@ def cache_shapes(config: Any, attention: str) -> tuple[CacheShape, ...]:
 def trace(config: Any, name: str) -> Program:
     """Trace a causal language model of `config` into a raw Program with dynamic batch, seq and past.
 
-    Falls back from fused to eager attention for models that need it. Raises UnsupportedError with the exporter's
-    reason when neither traces.
+    Raises UnsupportedError when the model keeps another state than keys and values, and what `first_traced` raises.
+    """
+    return first_traced(config, name, _trace)
+
+
+def first_traced(config: Any, name: str, one: Callable[[Any, str, str], Program]) -> Program:
+    """Return what `one(config, name, attention)` makes with fused attention, or with eager for models that need it.
+
+    Raises UnsupportedError with the exporter's reason when neither traces.
     """
     reasons = []
     for attention in ("sdpa", "eager"):
         try:
-            return _trace(config, name, attention)
+            return one(config, name, attention)
         except UnsupportedError:
             raise
         # The exporter lets through whatever the model's own code raises, which may be anything.
@@ -165,7 +179,7 @@ def trace(config: Any, name: str) -> Program:
         f"{getattr(config, 'model_type', 'the model')} cannot be traced",
         where=name,
         why="; ".join(reasons),
-        fix="nomul takes decoder-only language models whose forward pass torch.export can follow",
+        fix="nomul takes decoder-only language models and encoders whose forward pass torch.export can follow",
     )
 
 
@@ -176,7 +190,7 @@ def _first_line(error: Exception) -> str:
 def _trace(config: Any, name: str, attention: str) -> Program:
     from torch.export import Dim, export
 
-    with _quiet():
+    with quiet():
         model = skeleton(config, attention)
         shapes = cache_shapes(config, attention)
         past = [torch.zeros(_BATCH, s.heads, _PAST, d) for s in shapes for d in (s.key_dim, s.value_dim)]
@@ -186,13 +200,13 @@ def _trace(config: Any, name: str, attention: str) -> Program:
         dims = ({0: batch, 1: seq}, {0: batch, 1: Dim.AUTO}, [{0: batch, 2: length}] * len(past))
         with torch.no_grad():
             exported = export(CausalWithCache(model), (ids, mask, past), dynamic_shapes=dims, strict=False)
-    program = import_exported(exported, name, _PREFIX, _symbols(exported), tied_names(model))
+    program = import_exported(exported, name, _PREFIX, symbols_of(exported), tied_names(model))
     _name_interface(program)
     program.attributes = {"model_type": config.model_type, "layers": len(shapes), "attention": attention}
     return program
 
 
-def _symbols(exported: Any) -> dict[str, str]:
+def symbols_of(exported: Any) -> dict[str, str]:
     """Return exporter symbol -> declared name, read off the shapes of the user inputs."""
     names: dict[str, str] = {}
 

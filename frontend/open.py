@@ -12,6 +12,7 @@ from typing import Any
 
 from frontend.cache import cached_program, traced_program
 from frontend.hf import fingerprint
+from frontend.hf_encoder import bare_class, is_encoder, named_classes
 from frontend.weights import bind_through_transformers, bind_weights, missing_weights, open_checkpoint
 from frontend.zoo import resolve
 from ir.analysis import blocks
@@ -170,6 +171,8 @@ def _open_folder(folder: Path, progress: Progress) -> Model:
     config = read_config(folder)
     source = open_checkpoint(folder)
     program = traced_program(config, folder.name, progress)
+    if is_encoder(config) and bare_class(config).__name__ not in named_classes(config):
+        progress(f"only the encoder is taken; the head of {', '.join(named_classes(config))} is left out")
     if bind_weights(program, source, _prefixes(config)):
         progress("the checkpoint's names need transformers' conversion; loading it whole")
         bind_through_transformers(program, folder, config)
@@ -192,11 +195,13 @@ def _open_onnx(path: Path, progress: Progress) -> Model:
     from frontend.onnx.load import load
     from frontend.onnx.scalars import inline_scalars
     from frontend.onnx.trace import trace
+    from frontend.transposed import turn_shared
 
     progress(f"reading {path.name}")
     model = load(path)
     program = trace(model, path.stem)
     inline_scalars(program)
+    turn_shared(program, "onnx")
     canonicalise(program)
     digest = hashlib.sha256(path.read_bytes())
     for name in sorted(program.params):
@@ -206,11 +211,14 @@ def _open_onnx(path: Path, progress: Progress) -> Model:
 
 
 def _prefixes(config: Any) -> tuple[str, ...]:
-    """Return the module prefix that tells a language model from its bare backbone in this architecture."""
+    """Return the module prefix that tells a model with a head from its bare backbone in this architecture."""
     from transformers import AutoModelForCausalLM
 
     kinds = AutoModelForCausalLM._model_mapping
-    prefix = getattr(kinds[type(config)], "base_model_prefix", "") if type(config) in kinds else ""
+    if is_encoder(config):
+        prefix = bare_class(config).base_model_prefix
+    else:
+        prefix = getattr(kinds[type(config)], "base_model_prefix", "") if type(config) in kinds else ""
     return (f"{prefix}.",) if prefix else ()
 
 

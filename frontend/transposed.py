@@ -6,9 +6,13 @@ import torch
 from torch import fx
 
 from ir.builder import Builder
+from ir.edit import Editor
 from ir.params import Entry, Source
+from ir.program import Program, is_call, tensor_type_of
 from ir.rewrite import No
 from ir.types import TensorType
+
+aten = torch.ops.aten
 
 
 class TransposedSource:
@@ -35,9 +39,45 @@ def transposed(b: Builder, weight: fx.Node) -> fx.Node | No:
     """Return the parameter node of a weight stored inputs-first, turned in place in the store."""
     if b.shared(weight):
         return No("weight has other readers", weight)
-    name = str(weight.target)
-    entry = b.program.params.entry(name)
+    return b.param(_turned(b.program, str(weight.target)))
+
+
+def turn_shared(program: Program, by: str) -> None:
+    """Turn weights that several readers share and all want turned, in place: those of tied embeddings."""
+    editor = Editor(program, by)
+    for weight in program.param_nodes():
+        readers = list(weight.users)
+        if len(readers) < 2 or not all(_is_turn(r) or _is_product(r, weight) for r in readers):
+            continue
+        new = editor.param(_turned(program, str(weight.target)))
+        for reader in readers:
+            if _is_turn(reader):
+                editor.replace(reader, new)
+            else:
+                made = editor.before(reader).call(aten.linear, reader.args[0], new, like=reader)
+                editor.replace(reader, made, keep_name=True)
+            editor.erase(reader)
+    editor.sweep()
+
+
+def _turned(program: Program, name: str) -> str:
+    """Enter a matrix once more, turned; return its name."""
+    entry = program.params.entry(name)
     kind = TensorType(entry.type.dtype, entry.type.dims[::-1])
     turned = f"{name.removesuffix('.weight')}.weight_t" if name.endswith(".weight") else f"{name}_t"
-    b.program.params.enter(turned, Entry(TransposedSource(entry.source, entry.key), entry.key, kind, "canonical"))
-    return b.param(turned)
+    program.params.enter(turned, Entry(TransposedSource(entry.source, entry.key), entry.key, kind, "canonical"))
+    return turned
+
+
+def _is_turn(node: fx.Node) -> bool:
+    return (
+        is_call(node, aten.t)
+        or (is_call(node, aten.permute) and list(node.args[1]) == [1, 0])
+        or (is_call(node, aten.transpose) and sorted(node.args[1:3]) == [0, 1])
+    )
+
+
+def _is_product(node: fx.Node, weight: fx.Node) -> bool:
+    if not is_call(node, aten.matmul) or node.args[1] is not weight or node.args[0] is weight:
+        return False
+    return len(tensor_type_of(weight).dims) == 2 and len(tensor_type_of(node.args[0]).dims) >= 2

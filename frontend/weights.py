@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from frontend.exported import Untraced
+from frontend.hf_encoder import bare_options, is_encoder
 from frontend.transposed import TransposedSource
 from ir.errors import UnsupportedError
 from ir.params import Entry, MemorySource, ParamStore, SafetensorsSource, Source
@@ -103,7 +104,8 @@ def bind_weights(program: Program, source: Source, prefixes: tuple[str, ...] = (
     transposes follow the graph. Raises UnsupportedError when a tensor has another shape than the configuration gives.
     """
     wide, params = Float32Source(source), program.params
-    known = set(wide.names())
+    # Older checkpoints store the positions that models count up themselves, some with another type or length.
+    known = {name for name in wide.names() if name.rpartition(".")[2] != "position_ids"}
     missing = []
     for name in list(params):
         entry = params.entry(name)
@@ -147,16 +149,18 @@ def bind_through_transformers(program: Program, folder: Path, config: Any) -> No
 
     Raises UnsupportedError when transformers cannot load it or weights are still missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
+    auto, options = (AutoModel, bare_options(config)) if is_encoder(config) else (AutoModelForCausalLM, {})
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = auto.from_pretrained(
             str(folder),
             config=config,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UnsupportedError("transformers cannot load the weights", where=str(folder), why=str(error)) from None

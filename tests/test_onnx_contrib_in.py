@@ -510,6 +510,19 @@ def test_a_growing_cache() -> None:
         compare([t.numpy() for t in found], expected(whole_case))
 
 
+def test_rows_that_fill_their_cache_to_different_lengths() -> None:
+    """The runtime writes a new token where a row ends, and what lies behind it in the cache is anything."""
+    case = one_token(COS, SIN, do_rotary=1)
+    lengths = ints(PAST, PAST - 3)
+    inputs = (*case.inputs[:5], Fed(lengths, "b"), *case.inputs[6:])
+    case = replace(case, inputs=inputs)
+    (y, *caches), (wanted, *kept) = imported(case), expected(case)
+    compare([y], [wanted])
+    for ours, theirs in zip(caches, kept, strict=True):
+        for row, length in enumerate(lengths):
+            compare([ours[row, :, : length + 1]], [theirs[row, :, : length + 1]])
+
+
 def _with(case: Node, place: int, value: Any) -> Node:
     inputs = [*case.inputs, *[None] * (place + 1 - len(case.inputs))]
     inputs[place] = value

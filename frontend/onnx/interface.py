@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+import torch
 from torch import fx
 
+from ir.edit import Editor
 from ir.errors import UnsupportedError
-from ir.program import Program, rename, tensor_type_of
+from ir.program import Program, is_call, rename, tensor_type_of
 from ir.types import Dim, ScalarType, TensorType, ValueType
 
+aten = torch.ops.aten
 IDS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
+KINDS = "token_type_ids"
 # As exporters write them: past_key_values.3.key, past_key_3, present.3.value, present_key_values.3.value.
 _CACHE = re.compile(r"(?:past|present)[a-z_]*?[._]?(?:(key|value)[._](\d+)|(\d+)[._](?:decoder[._])?(key|value))$")
 
@@ -58,6 +63,37 @@ def name_language_model(program: Program, outputs: list[str]) -> None:
     program.output.args = ((given[LOGITS], *(by_place[place] for place in kept)),)
     _name_dims(program, caches)
     program.version += 1
+
+
+def lead_with_tokens(program: Program) -> None:
+    """Put the inputs of a text model that is no language model in the order ids, mask, kinds; leave others alone."""
+    inputs = {n.name: n for n in program.inputs}
+    if IDS in inputs:
+        first = next(iter(program.graph.nodes))
+        for name in (IDS, MASK, KINDS):
+            if name in inputs and inputs[name] is not first:
+                first.prepend(inputs[name])
+        program.version += 1
+
+
+def look_up_as_given(program: Program) -> None:
+    """Look tokens up as they are: ONNX counts negative ones from the end, and what feeds programs refuses these."""
+    editor = Editor(program, "onnx")
+    for node in list(program.calls(aten.embedding.default)):
+        ids = _given(node.args[1])
+        if ids is not None:
+            editor.set_args(node, (node.args[0], ids, *node.args[2:]), dict(node.kwargs))
+    editor.sweep()
+
+
+def _given(index: Any) -> fx.Node | None:
+    """Return the input of token ids whose negative entries a look-up counts from the end, by their sign."""
+    if not is_call(index, aten.where):
+        return None
+    condition, wrapped, ids = index.args
+    named = isinstance(ids, fx.Node) and ids.op == "placeholder" and ids.target in (IDS, KINDS)
+    signs = is_call(condition, aten.lt) and condition.args == (ids, 0)
+    return ids if named and signs and is_call(wrapped, aten.add) and wrapped.args[0] is ids else None
 
 
 def _order(place: tuple[int, str]) -> tuple[int, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,16 +11,23 @@ import onnx_ir as onnx
 import torch
 from torch import nn
 
+from frontend.onnx.caches import Positions, next_positions
 from frontend.onnx.call import Refused
 from frontend.onnx.dtypes import torch_dtype
 from frontend.onnx.interpreter import Env, Interpreter
 from frontend.onnx.values import as_tensor
 
+# Where torch's exporter writes the modules that a node lies in, from the outermost on.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_NUMBERED = re.compile(r"val_\d+")
+
 
 class GraphModule(nn.Module):
     """A graph whose weights are parameters without values, and whose constants are tensors with theirs.
 
-    paths: under which path each weight is a parameter, by the name of its initializer.
+    paths: under which path each weight is a parameter, by the name of its initializer; scopes: by path of a node, the
+    module that it came from, where the model tells; positions: the input of token
+    positions with those of ids and a cache that tell them, where the module is not given them.
     """
 
     def __init__(
@@ -30,26 +38,34 @@ class GraphModule(nn.Module):
         folded: set[onnx.Node],
         inputs: Sequence[onnx.Value],
         weights: Mapping[str, Any],
+        positions: Positions | None = None,
     ) -> None:
         super().__init__()
+        self.positions = positions
         self.known, self.inputs, self.results = env, list(inputs), list(graph.outputs)
         place = _Places(self)
+        self.steps = [Step(run, node) for node in needed(graph) if node not in folded]
+        self.scopes: dict[str, str] = {}
+        for step in self.steps:
+            scope, own = scope_of(step.node), str(step.node.name or step.node.op_type)
+            path = place.module(f"{scope}.{own}" if scope else own, step)
+            if scope:
+                self.scopes[path] = scope
         self.paths: dict[str, str] = {}
         self.weights: dict[onnx.Value, str] = {}
         for value in graph.initializers.values():
             if value.name in weights:
                 stored = weights[str(value.name)]
                 tensor = torch.empty([int(d) for d in stored.shape], dtype=torch_dtype(int(stored.dtype)))
-                path = place.parameter(str(value.name), nn.Parameter(tensor, requires_grad=False))
+                path = place.parameter(weight_name(value), nn.Parameter(tensor, requires_grad=False))
                 self.paths[str(value.name)] = self.weights[value] = path
-        self.steps = [Step(run, node) for node in needed(graph) if node not in folded]
-        for step in self.steps:
-            place.module(str(step.node.name or step.node.op_type), step)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
         """Run all nodes; return the outputs as tensors. A graph without inputs is given one, which it does not read."""
         env: Env = dict(self.known)
         env.update(zip(self.inputs, inputs, strict=False))
+        if self.positions is not None:
+            env[self.positions.value] = next_positions(env[self.positions.ids], env[self.positions.past])
         env.update({value: self.get_parameter(path) for value, path in self.weights.items()})
         for step in self.steps:
             step(env)
@@ -86,6 +102,24 @@ def needed(graph: onnx.Graph) -> list[onnx.Node]:
     return found[::-1]
 
 
+def scope_of(node: onnx.Node) -> str:
+    """Return the path of the module that a node was exported from, empty where the model does not tell."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    # The last is the operator itself, and what was no module has the name of none.
+    found = scopes[-2] if isinstance(scopes, list) and len(scopes) > 1 else ""
+    return found if isinstance(found, str) else ""
+
+
+def weight_name(value: onnx.Value) -> str:
+    """Return the name of an initializer, or one of the module that reads it where an exporter only numbered it."""
+    readers = [node for node, _ in value.uses()]
+    scope = scope_of(readers[0]) if len(readers) == 1 and _NUMBERED.fullmatch(str(value.name)) else ""
+    return f"{scope}.weight" if scope else str(value.name)
+
+
 class _Places:
     """Puts parameters and modules under the paths that the dots and slashes of names make, each in one of its own."""
 
@@ -103,6 +137,8 @@ class _Places:
         """Put a module into its place; return its path."""
         path = self._free(name)
         self._owner(path[:-1]).add_module(path[-1], module)
+        self._taken.remove(path)
+        self._owners[path] = module
         return ".".join(path)
 
     def _free(self, name: str) -> tuple[str, ...]:

@@ -12,15 +12,25 @@ import torch
 from torch import nn
 
 from frontend.exported import import_exported
+from frontend.onnx.caches import positions_of, settle_caches
+from frontend.onnx.decoded import decode_weights
 from frontend.onnx.dtypes import torch_dtype
-from frontend.onnx.interface import IDS, MASK, is_language_model, name_language_model
+from frontend.onnx.interface import (
+    IDS,
+    MASK,
+    POSITIONS,
+    is_language_model,
+    lead_with_tokens,
+    look_up_as_given,
+    name_language_model,
+)
 from frontend.onnx.interpreter import Env, Interpreter, fold
 from frontend.onnx.module import GraphModule
 from frontend.onnx.tensors import OnnxSource, tensor_of
 from frontend.onnx.values import known_ints
 from ir.errors import NomulError, UnsupportedError
 from ir.params import Entry
-from ir.program import Program, rename
+from ir.program import PATH, Program, rename
 
 # Initializers of more entries are weights: they are named, and read from their file when a pass asks for them. Scales
 # and zero points of codes are not, since the codes that are made of them depend on their values.
@@ -40,34 +50,60 @@ def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) 
     sequences, or None for an absent option. Raises Refused by the name of
     the node that cannot be taken, Unknown for one that needs a value from data.
     """
-    graph, known = model.graph, known or {}
-    tensors = {v.name: v.const_value for v in graph.initializers.values() if v.const_value is not None}
-    read = {v.name for node in graph if node.op_type == "MatMulNBits" for v in node.inputs[2:4] if v is not None}
-    weights = {str(n): t for n, t in tensors.items() if _is_weight(t) and n not in read}
-    run = Interpreter(model)
-    env: Env = _small(graph, weights)
-    env |= {v: _constant(known[str(v.name)]) for v in graph.inputs if v.name in known}
-    folded = fold(run, graph, env)
-    inputs = [v for v in graph.inputs if v.name not in known and v.name not in graph.initializers]
-    module = GraphModule(run, graph, env, folded, inputs, weights)
-    example, dims, names = _examples(inputs)
+    graph = model.graph
+    settle_caches(graph)
+    decode_weights(graph)
+    module, stored = _module(model, known or {})
+    example, dims, names = _examples(module.inputs)
     # The exporter takes no module without inputs that has constants.
     exported = _exported(module, example or (torch.zeros(1),), dims or ({},), name)
-    program = import_exported(exported, name, "", _symbols(exported, inputs, names), {})
-    source = OnnxSource({module.paths[n]: t for n, t in weights.items()})
-    for path in [p for p in source.names() if p in program.params]:
-        program.params.enter(path, Entry(source, path, source.type_of(path)))
-    for node in program.inputs[len(inputs) :]:
+    program = import_exported(exported, name, "", _symbols(exported, module.inputs, names), {})
+    _bind(program, {module.paths[n]: t for n, t in stored.items()})
+    for node in program.inputs[len(module.inputs) :]:
         program.graph.erase_node(node)
-    for node, value in zip(program.inputs, inputs, strict=True):
+    for node, value in zip(program.inputs, module.inputs, strict=True):
         rename(node, identifier(str(value.name)))
         node.target = node.name
+    _tell_scopes(program, module.scopes)
     outputs = [str(v.name) for v in graph.outputs]
     if is_language_model(program, outputs):
         name_language_model(program, outputs)
-    lengths = _lengths(exported, outputs)
-    program.attributes = {"outputs": outputs, **({"sequences": lengths} if lengths else {})}
+    else:
+        lead_with_tokens(program)
+        lengths = _lengths(exported, outputs)
+        program.attributes = {"outputs": outputs, **({"sequences": lengths} if lengths else {})}
+    look_up_as_given(program)
     return program
+
+
+def _module(model: onnx.Model, known: Mapping[str, Any]) -> tuple[GraphModule, dict[str, Any]]:
+    """Return a graph as a module, and the stored tensors of its weights by name of their initializers."""
+    graph, run = model.graph, Interpreter(model)
+    tensors = {v.name: v.const_value for v in graph.initializers.values() if v.const_value is not None}
+    read = {v.name for node in graph if node.op_type == "MatMulNBits" for v in node.inputs[2:4] if v is not None}
+    weights = {str(n): t for n, t in tensors.items() if _is_weight(t) and n not in read}
+    env: Env = _small(graph, weights)
+    env |= {v: _constant(known[str(v.name)]) for v in graph.inputs if v.name in known}
+    folded = fold(run, graph, env)
+    positions = None if POSITIONS in known else positions_of(graph)
+    given = {*known, *graph.initializers, *([] if positions is None else [POSITIONS])}
+    inputs = [v for v in graph.inputs if v.name not in given]
+    return GraphModule(run, graph, env, folded, inputs, weights, positions), weights
+
+
+def _bind(program: Program, stored: dict[str, Any]) -> None:
+    """Enter the tensors of a model, by path, for the weights that a program has."""
+    source = OnnxSource(stored)
+    for path in [p for p in source.names() if p in program.params]:
+        program.params.enter(path, Entry(source, path, source.type_of(path)))
+
+
+def _tell_scopes(program: Program, scopes: Mapping[str, str]) -> None:
+    """Give calls the path of the module that their node came from, where the model tells."""
+    for node in program.graph.nodes:
+        path = str(node.meta.get(PATH, ""))
+        if path in scopes:
+            node.meta[PATH] = scopes[path]
 
 
 def _small(graph: onnx.Graph, weights: Mapping[str, Any]) -> Env:

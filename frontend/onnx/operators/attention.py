@@ -74,7 +74,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Return attention as one operator, whose causal mask has query 0 see key 0 as ONNX's has without a past."""
     left, right = _window(call)
-    plain = right == 0 and left < 0 and mask is None and valid is None and before is 0  # noqa: F632 - not a size
+    plain = right == 0 and left < 0 and mask is None and valid is None and isinstance(before, int) and before == 0
     seen = None if plain else _bias(call, mask, _allowed(call, q, k, before, valid), q, k)
     scale = call.real("scale", 0.0) if call.has("scale") else None
     grouped = q.shape[1] != k.shape[1]

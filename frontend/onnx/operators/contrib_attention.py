@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 import ir.ops  # noqa: F401  (registers nomul.rope)
+from frontend.onnx.caches import SLOTS
 from frontend.onnx.call import Call
 from frontend.onnx.registry import operator
 from frontend.onnx.values import Ints, as_tensor
@@ -88,16 +90,15 @@ def _grouped(
     q, k, v = _heads(query, heads), _heads(key, shared), _heads(value, shared)
     if k.shape[2] != q.shape[2] or v.shape[2] != q.shape[2]:
         raise call.refuse("it has new keys for other tokens than queries")
-    past = 0 if past_key is None else past_key.shape[2]
-    _check_lengths(call, past, past + q.shape[2], lengths, total)
+    rows = _rows(call, past_key, q, lengths, total)
     q, k = _normed(call, q, given, "q"), _normed(call, k, given, "k")
     if call.flag("do_rotary"):
-        positions = _positions(given.get("position_ids"), past_key, q)
+        positions = _positions(given.get("position_ids"), past_key, q, rows)
         tables, pairs = (given.get("cos_cache"), given.get("sin_cache")), call.flag("rotary_interleaved")
         if tables[0] is None or tables[1] is None:
             raise call.refuse("it has no tables of cosines and sines")
         q, k = (_turned(x, positions, tables[0], tables[1], pairs) for x in (q, k))
-    k, v = _joined(past_key, k), _joined(past_value, v)
+    k, v = _kept(past_key, k, rows.before), _kept(past_value, v, rows.before)
     sink = given.get("head_sink")
     if sink is None and call.integer("smooth_softmax", -1) == 1:
         sink = torch.zeros(heads, dtype=q.dtype, device=q.device)
@@ -109,6 +110,7 @@ def _grouped(
         window=call.integer("local_window_size", -1),
         cap=call.real("softcap", 0.0),
         sink=sink,
+        rows=rows,
     )
     return (_flat(found), k, v)
 
@@ -133,14 +135,42 @@ def _check_grouped(call: Call, given: dict[str, Any]) -> None:
         raise call.refuse(f"it attends to a window of {window} tokens")
 
 
-def _check_lengths(call: Call, past: Any, length: Any, lengths: Any, total: Any) -> None:
-    """Refuse a cache that is not full, as far as that is known: one of a fixed length need not be."""
+@dataclass(frozen=True)
+class _Rows:
+    """How the rows of a batch fill their cache: all alike, unless one of these is given.
+
+    before: how many tokens each has in it, [batch], the rest being room; mask: which slots count, [batch, keys].
+    """
+
+    before: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def _rows(call: Call, past_key: Tensor | None, q: Tensor, lengths: Any, total: Any) -> _Rows:
+    """Return how rows fill their cache; refuses one with room in it whose length would depend on data."""
+    if call.flag(SLOTS):
+        return _Rows(mask=as_tensor(lengths))
+    past = 0 if past_key is None else past_key.shape[2]
+    length = past + q.shape[2]
     known = [v for given, extra in ((lengths, 1), (total, 0)) for v in _known(given, extra)]
-    fixed = isinstance(past, int) and past > 0
     if isinstance(length, int) and any(v != length for v in known):
         raise call.refuse(f"its cache and new tokens are {length}, of which it takes {known}")
-    if fixed and not (isinstance(length, int) and known):
+    if isinstance(past, int) and past > 0 and not (isinstance(length, int) and known):
         raise call.refuse(f"its cache has room for {past} tokens, and data tells how many it has")
+    if past_key is None or isinstance(lengths, Ints):
+        return _Rows()
+    if not call.flag("causal", True):
+        raise call.refuse("its rows may differ in length, and it is not causal")
+    return _Rows(before=(as_tensor(lengths).reshape(-1) + 1 - q.shape[2]).clamp(min=0))
+
+
+def _kept(past: Tensor | None, new: Tensor, before: Tensor | None) -> Tensor:
+    """Return a cache [batch, heads, keys, width] with new tokens at its end, or where each row's own end is."""
+    if past is None or before is None:
+        return _joined(past, new)
+    room = F.pad(past, (0, 0, 0, new.shape[2]))
+    places = before.unsqueeze(1) + torch.arange(new.shape[2], device=new.device)
+    return room.scatter(2, places[:, None, :, None].expand_as(new), new)
 
 
 def _known(given: Any, extra: int) -> list[int]:
@@ -156,12 +186,14 @@ def _normed(call: Call, x: Tensor, given: dict[str, Any], which: str) -> Tensor:
     return F.rms_norm(x, [x.shape[-1]], gain, epsilon)
 
 
-def _positions(given: Tensor | None, past_key: Tensor | None, q: Tensor) -> Tensor:
+def _positions(given: Tensor | None, past_key: Tensor | None, q: Tensor, rows: _Rows) -> Tensor:
     """Return the positions of new tokens; without a cache, all count from the one that is given first."""
     steps = torch.arange(q.shape[2], device=q.device)
     if past_key is None:
         return steps if given is None else given.reshape(-1)[:1] + steps
-    return steps + past_key.shape[2] if given is None else given
+    if given is not None:
+        return given
+    return steps + (past_key.shape[2] if rows.before is None else rows.before.unsqueeze(1))
 
 
 @operator("com.microsoft.MultiHeadAttention")
@@ -281,6 +313,7 @@ def _attended(
     window: int = -1,
     cap: float = 0.0,
     sink: Tensor | None = None,
+    rows: _Rows | None = None,
 ) -> Tensor:
     """Return attention of the last tokens of a sequence to all of it; heads of queries may share keys.
 
@@ -289,10 +322,12 @@ def _attended(
     """
     q, k, v = qkv
     shared, factor = k.shape[1] != q.shape[1], scale or None
-    whole = causal and window < 0 and statically_known_true(q.shape[2] == k.shape[2])
+    rows = rows or _Rows()
+    alike = rows.before is None and rows.mask is None
+    whole = causal and alike and window < 0 and statically_known_true(q.shape[2] == k.shape[2])
     if whole and added is None and not cap and sink is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=factor, enable_gqa=shared)
-    seen = _seen(q, k, window) if causal else None
+    seen = _counted(_seen(q, k, window, rows.before) if causal else None, rows.mask)
     if not cap and sink is None:
         mask = _masked(added, seen)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=factor, enable_gqa=shared)
@@ -308,12 +343,24 @@ def _attended(
     return torch.matmul(torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1], v)
 
 
-def _seen(q: Tensor, k: Tensor, window: int) -> Tensor:
-    """Return whether tokens see keys, [tokens, keys]: their own and those before, in a window if there is one."""
+def _seen(q: Tensor, k: Tensor, window: int, before: Tensor | None = None) -> Tensor:
+    """Return whether tokens see keys, [tokens, keys]: their own and those before, in a window if there is one.
+
+    before: where rows differ, how many keys each has before these tokens; the result is then [batch, 1, tokens, keys].
+    """
     keys = torch.arange(k.shape[2], device=q.device)
-    own = torch.arange(q.shape[2], device=q.device).unsqueeze(1) + (k.shape[2] - q.shape[2])
-    before = keys <= own
-    return before if window < 0 else before & (keys > own - window)
+    steps = torch.arange(q.shape[2], device=q.device).unsqueeze(1)
+    own = steps + (k.shape[2] - q.shape[2]) if before is None else steps + before[:, None, None, None]
+    earlier = keys <= own
+    return earlier if window < 0 else earlier & (keys > own - window)
+
+
+def _counted(seen: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Return which keys tokens see, [batch, 1, tokens or 1, keys], after those whose slot a mask does not count."""
+    if mask is None:
+        return seen
+    counts = (mask != 0)[:, None, None]
+    return counts if seen is None else seen & counts
 
 
 def _masked(added: Tensor | None, seen: Tensor | None) -> Tensor | None:
