@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def traced_program(config: Any, name: str, progress: Callable[[str], None], fold
         progress(f"tracing {config.model_type}, once for this configuration")
         program = _trace(config, name)
         try:
-            _write(_stem(config, folder), program)
+            write_trace(_stem(config, folder), program)
         except OSError as error:
             progress(f"the trace could not be kept for the next run: {error}")
     return program
@@ -61,29 +61,34 @@ def traced_program(config: Any, name: str, progress: Callable[[str], None], fold
 
 def _trace(config: Any, name: str) -> Program:
     encoder = frontend.hf_encoder.is_encoder(config)
-    program = (frontend.hf_encoder if encoder else frontend.hf).trace(config, name)
+    program = frontend.hf_encoder.trace(config, name) if encoder else frontend.hf.trace(config, name)
     frontend.canonical.canonicalise(program)
     return program
 
 
 def cached_program(config: Any, name: str, folder: Path | None = None) -> Program | None:
     """Return the canonical program of a configuration from the cache, or None when it was not traced yet."""
-    program = _read(_stem(config, folder))
+    program = read_trace(_stem(config, folder))
     if program is not None:
         program.name = name
     return program
 
 
 def _stem(config: Any, folder: Path | None) -> Path:
-    key = hashlib.sha256((frontend.hf.fingerprint(config) + _code_version()).encode()).hexdigest()[:32]
-    return (folder or cache_dir() / "traces") / key
+    key = hashlib.sha256((frontend.hf.fingerprint(config) + code_version(())).encode()).hexdigest()[:32]
+    return (folder or trace_folder()) / key
 
 
-def _code_version() -> str:
-    """Return a hash of the modules that shape the graph, so that a changed rule never meets an old trace."""
+def trace_folder() -> Path:
+    """Return the user's folder of traces."""
+    return cache_dir() / "traces"
+
+
+def code_version(files: Iterable[Path]) -> str:
+    """Return a hash of the code that shapes graphs and of more files, so that no changed rule meets an old trace."""
     digest = hashlib.sha256()
-    for module in _SHAPERS:
-        digest.update(Path(str(module.__file__)).read_bytes())
+    for file in (*(Path(str(module.__file__)) for module in _SHAPERS), *files):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -91,7 +96,8 @@ def _constants(program: Program) -> list[str]:
     return [n for n in program.params if not isinstance(program.params.entry(n).source, (Untraced, TransposedSource))]
 
 
-def _write(stem: Path, program: Program) -> None:
+def write_trace(stem: Path, program: Program) -> None:
+    """Write a program with its constants under a path to which suffixes are added; raises OSError."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     types = {n: program.params.type_of(n) for n in _constants(program)}
     text = dump(program)
@@ -104,7 +110,7 @@ def _write(stem: Path, program: Program) -> None:
         os.replace(graph, stem.with_suffix(".ir"))
 
 
-def _read(stem: Path) -> Program | None:
+def read_trace(stem: Path) -> Program | None:
     """Return the program under `stem`, or None when it is absent, damaged or of another release's text form."""
     constants = stem.with_suffix(".safetensors")
     try:

@@ -43,7 +43,7 @@ def canonicalise(program: Program) -> None:
 
 def unify_sizes(program: Program) -> None:
     """Read every declared dim from one place, and drop device arguments: the backend decides where a program runs."""
-    editor, first = Editor(program, _BY), {}
+    editor, first = Editor(program, _BY), dict[str, fx.Node]()
     for node in list(program.graph.nodes):
         if is_call(node, aten.sym_size):
             expr = node.meta[TYPE].expr
@@ -139,12 +139,13 @@ _ALIASES = (aten.alias, aten.detach, aten.lift_fresh_copy, aten.lift_fresh, aten
 def _starts_at_zero(node: fx.Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and step == 1
+    return bool(start in (None, 0) and step == 1)
 
 
 def _cat_of_one(node: fx.Node) -> fx.Node | None:
     """Return the only operand of a concatenation that is not the exporter's empty one-dimensional placeholder."""
-    parts = [p for p in node.args[0] if p.meta[TYPE].dims != (0,)]  # type: ignore[union-attr]
+    given: Any = node.args[0]
+    parts: list[fx.Node] = [p for p in given if p.meta[TYPE].dims != (0,)]
     return parts[0] if len(parts) == 1 else None
 
 

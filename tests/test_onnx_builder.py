@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx_ir
 import onnxruntime
 import pytest
@@ -121,3 +122,20 @@ def _with_positions(path: Path) -> onnx_ir.Model:
     for node in changed:
         node.replace_input_with(9, positions)
     return model
+
+
+def test_codes_with_half_scales_stay_codes(tmp_path: Path) -> None:
+    """Where float16 holds the scales, products in codes become ours, and look-ups in the same codes floats."""
+    path = built("llama", tmp_path, "int4")
+    model = onnx_ir.load(path)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            scales = node.inputs[2]
+            halves = scales.const_value.numpy().astype(np.float16).astype(np.float32)
+            scales.const_value = onnx_ir.tensor(halves, name=scales.name)
+    onnx_ir.save(model, path.with_name("halves.onnx"), external_data="halves.data")
+    program = open_model(str(path.with_name("halves.onnx"))).program
+    verify(program, full=True)
+    assert program.level == "compressed"
+    assert sum("quant_linear" in str(n.target) for n in program.graph.nodes) == 2 * 5 + 1
+    compare(program, path.with_name("halves.onnx"), feeds(program, 2, 6, 0))

@@ -7,15 +7,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from frontend.hf import CausalWithCache, cache_shapes
+from frontend.onnx.opened import open_program
 from frontend.open import Model, open_model
 from ir.analysis import blocks
 from ir.program import Program, tensor_type_of
+from ir.text import dump
 from ir.verify import verify
 from passes.equiv.discover import discover
 from tests.architectures import CONFIGS, VOCAB
@@ -116,3 +119,28 @@ def test_compile_takes_them(opened: tuple[str, Path, Model], tmp_path: Path) -> 
     report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
     assert report["totals"]["compressed_linears"] >= 8 and 4 < report["totals"]["bits_per_weight_compressed"] < 7
     assert report["pipeline"][0]["probe_relative_error"] < 1e-5
+
+
+def test_a_second_opening_reads_the_kept_trace(opened: tuple[str, Path, Model], tmp_path: Path) -> None:
+    _, path, model = opened
+    said = list[str]()
+    first, digest = open_program(path, said.append, tmp_path)
+    assert len(said) == 2 and "tracing" in said[1]
+    again, same = open_program(path, said.append, tmp_path)
+    assert len(said) == 3 and same == digest
+    assert dump(again) == dump(first) == dump(model.program)
+    for name in first.params:
+        assert torch.equal(first.params.get(name), again.params.get(name)), name
+
+
+def test_another_graph_has_another_trace(opened: tuple[str, Path, Model], tmp_path: Path) -> None:
+    """Values beside the file decide the trace too, where they are no weights."""
+    _, path, _ = opened
+    said = list[str]()
+    open_program(path, said.append, tmp_path)
+    changed = path.with_name("changed.onnx")
+    model = onnx_ir.load(path)
+    model.graph.name = "another"
+    onnx_ir.save(model, changed)
+    open_program(changed, said.append, tmp_path)
+    assert sum("tracing" in line for line in said) == 2

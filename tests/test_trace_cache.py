@@ -131,7 +131,7 @@ def test_a_changed_configuration_misses(cache: Path, change: str, monkeypatch: p
     if change == "fewer layers":
         config.num_hidden_layers = 2
     if change == "code":
-        monkeypatch.setattr(frontend.cache, "_code_version", lambda: "another")
+        monkeypatch.setattr(frontend.cache, "code_version", lambda _: "another")
     assert cached_program(config, "x", cache) is None
 
 

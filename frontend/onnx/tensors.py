@@ -47,6 +47,10 @@ class OnnxSource:
         assert dtype is not None
         return TensorType(dtype, tuple(int(d) for d in stored.shape))
 
+    def initializer(self, name: str) -> str:
+        """Return what the model calls an initializer."""
+        return str(self._tensors[name].name)
+
     def stored_bytes(self, name: str) -> int:
         """Return the bytes an initializer takes in its file."""
         return int(self._tensors[name].nbytes)

@@ -11,6 +11,7 @@ import onnx_ir as onnx
 import torch
 from torch import nn
 
+import ir.ops  # noqa: F401  (registers nomul.quant_linear)
 from frontend.exported import import_exported
 from frontend.onnx.caches import positions_of, settle_caches
 from frontend.onnx.decoded import decode_weights
@@ -73,6 +74,8 @@ def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) 
         lengths = _lengths(exported, outputs)
         program.attributes = {"outputs": outputs, **({"sequences": lengths} if lengths else {})}
     look_up_as_given(program)
+    if next(program.calls(torch.ops.nomul.quant_linear.default), None) is not None:
+        program.level = "compressed"
     return program
 
 
@@ -81,7 +84,7 @@ def _module(model: onnx.Model, known: Mapping[str, Any]) -> tuple[GraphModule, d
     graph, run = model.graph, Interpreter(model)
     tensors = {v.name: v.const_value for v in graph.initializers.values() if v.const_value is not None}
     read = {v.name for node in graph if node.op_type == "MatMulNBits" for v in node.inputs[2:4] if v is not None}
-    weights = {str(n): t for n, t in tensors.items() if _is_weight(t) and n not in read}
+    weights = {str(n): t for n, t in tensors.items() if is_weight(t) and n not in read}
     env: Env = _small(graph, weights)
     env |= {v: _constant(known[str(v.name)]) for v in graph.inputs if v.name in known}
     folded = fold(run, graph, env)
@@ -119,7 +122,8 @@ def _constant(value: Any) -> Any:
     return value if value is None else known_ints(value) or value
 
 
-def _is_weight(stored: Any) -> bool:
+def is_weight(stored: Any) -> bool:
+    """Return whether an initializer is read from its file when a pass asks for it, not while tracing."""
     dtype = torch_dtype(int(stored.dtype))
     return dtype is not None and dtype.is_floating_point and int(stored.size) > _WEIGHT
 
