@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,9 @@ from torch import Tensor, fx
 from backends.detours import Detour
 from backends.generation import Generation, Sampling, generate
 from backends.interface import Interface, interface_of
+from backends.signature import Signature, signature_of
 from backends.tokenizer import end_tokens, folder_tokenizer
+from ir.analysis import predicts_tokens
 from ir.errors import UnsupportedError
 from ir.levels import Level
 from ir.program import Program
@@ -28,7 +30,7 @@ _SHOWN = 5
 
 
 class Runtime(ABC):
-    """A loaded language model: token ids in, logits and key/value cache out, and text from prompts.
+    """A loaded program: tensors in and out by name, and of a language model logits, cache and text from prompts.
 
     program: what is run, never changed by running it; folder: where tokenizer and generation settings lie, or None.
     """
@@ -40,12 +42,33 @@ class Runtime(ABC):
         tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
     ) -> None:
         self.program, self.folder = program, folder
-        self.interface: Interface = interface_of(program)
+        self._interface = interface_of(program) if predicts_tokens(program) else None
         self._tokenizer = tokenizer
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The program's inputs and results, by name."""
+        return signature_of(self.program)
+
+    @property
+    def interface(self) -> Interface:
+        """The inputs as a language model's; raises UnsupportedError for a program that is none."""
+        if self._interface is None:
+            raise UnsupportedError(
+                "the program is no language model",
+                where=self.program.name,
+                why=f"it takes {', '.join(self.signature.inputs)} and gives {', '.join(self.signature.results)}",
+                fix="load it from Python and call run with a tensor for every input",
+            )
+        return self._interface
 
     @abstractmethod
     def execute(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the program on tensors for its inputs, in order, and return its outputs."""
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the results by name for tensors by name of the inputs; raises UsageError for those that do not fit."""
+        return dict(zip(self.signature.results, self.execute(self.signature.bind(feeds)), strict=True))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past: Sequence[Tensor] | None = None
@@ -53,7 +76,8 @@ class Runtime(ABC):
         """Return logits [batch, seq, vocab] and the new key/value cache.
 
         input_ids: int64 [batch, seq]; attention_mask: [batch, past+seq], 1 for tokens and 0 for padding (default: no
-        padding); past: the cache of the tokens before, as returned. Raises UsageError for inputs that do not fit.
+        padding); past: the cache of the tokens before, as returned. Raises UsageError for inputs that do not fit,
+        UnsupportedError for a program that is no language model.
         """
         outputs = self.execute(self.interface.bind(input_ids, attention_mask, past))
         return outputs[0], list(outputs[1:])
@@ -75,8 +99,13 @@ class Runtime(ABC):
         UsageError for an empty prompt or settings out of range, UnsupportedError when text needs a tokenizer that is
         not there.
         """
+        self.require_language_model()
         sampling = Sampling(temperature, top_k, top_p, seed)
         return generate(self, prompt, max_new_tokens, sampling, on_text)
+
+    def require_language_model(self) -> None:
+        """Raise UnsupportedError for a program that is no language model."""
+        _ = self.interface
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

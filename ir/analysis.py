@@ -64,26 +64,53 @@ def graph_view(program: Program) -> nx.DiGraph:
     return view
 
 
+# Key of `Program.attributes`: names of the results of a program that is no causal language model.
+RESULTS = "outputs"
+IDS = "input_ids"
+
+
+def predicts_tokens(program: Program) -> bool:
+    """Return whether a program is a causal language model: token ids in, logits of the next token and a cache out."""
+    return RESULTS not in program.attributes
+
+
+def result_names(program: Program) -> tuple[str, ...]:
+    """Return what the results of a program are called: as in the model it came from, or by their nodes."""
+    names = tuple(str(name) for name in program.attributes.get(RESULTS, ()))
+    return names if len(names) == len(program.outputs) else tuple(node.name for node in program.outputs)
+
+
+def stream_input(program: Program) -> fx.Node:
+    """Return the input that the blocks work on: the token ids, or else the first input of floats, or the first."""
+    inputs = program.inputs
+    if predicts_tokens(program):
+        return inputs[0]
+    floats = [n for n in inputs if isinstance(k := n.meta["type"], TensorType) and k.dtype.is_floating_point]
+    return next((n for n in inputs if n.name == IDS), (floats or inputs)[0])
+
+
 def token_carriers(program: Program) -> dict[fx.Node, None]:
-    """Return the calls that depend on the values of the first input (token ids), not only on its shape, in order."""
-    carriers: dict[fx.Node, None] = {program.inputs[0]: None}
+    """Return the calls that depend on the values of the token ids (`stream_input`), not only on its shape, in order."""
+    start = stream_input(program)
+    carriers: dict[fx.Node, None] = {start: None}
     for node in program.graph.nodes:
         computed = node.op == "call_function" and not is_call(node, aten.sym_size)
         if computed and any(source in carriers for source in node.all_input_nodes):
             carriers[node] = None
-    del carriers[program.inputs[0]]
+    del carriers[start]
     return carriers
 
 
 def cut_points(program: Program) -> list[fx.Node]:
     """Return the token-carrying values through which every path from the token ids to the logits passes, in order.
 
-    They are the dominators of the logits in the graph of token carriers: the residual stream between its branches.
+    They are the dominators of the logits in the graph of token carriers: the residual stream between its branches. An
+    input of floats, which may be such a stream already, is one too.
     """
     import networkx as nx
 
     carriers = token_carriers(program)
-    logits, start = program.outputs[0], program.inputs[0]
+    logits, start = program.outputs[0], stream_input(program)
     view = nx.DiGraph()
     for node in carriers:
         view.add_edges_from((s, node) for s in node.all_input_nodes if s in carriers or s is start)
@@ -94,6 +121,8 @@ def cut_points(program: Program) -> list[fx.Node]:
     while node is not start:
         chain.append(node)
         node = above[node]
+    if not predicts_tokens(program) and start.meta["type"].dtype.is_floating_point:
+        chain.append(start)
     return chain[::-1]
 
 
@@ -133,7 +162,7 @@ def _segments(program: Program, cuts: list[fx.Node]) -> list[list[fx.Node]]:
     owner: dict[fx.Node, int] = {}
     position = {cut: i for i, cut in enumerate(cuts)}
     segments: list[list[fx.Node]] = [[] for _ in cuts[1:]]
-    for node in token_carriers(program):
+    for node in (*cuts[:1], *token_carriers(program)):
         if node in position:
             owner[node] = position[node]
         else:

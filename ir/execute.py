@@ -7,16 +7,113 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from ir.analysis import Layout, layout
-from ir.program import Program, release
+from ir.analysis import Layout, layout, predicts_tokens
+from ir.errors import UnsupportedError, UsageError
+from ir.program import Program, release, tensor_type_of
 from ir.region import region
 from ir.types import ScalarType, TensorType
 
 aten = torch.ops.aten
 
+IDS, MASK = "input_ids", "attention_mask"
+# Token ids [batch, seq], or a tensor for every input by name, samples along the first axis.
+Batch = Tensor | Mapping[str, Tensor]
+
+
+def batch_rows(batch: Batch) -> int:
+    """Return how many samples a batch holds."""
+    return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+
+
+def split_batch(batch: Batch, rows: int) -> list[Batch]:
+    """Return a batch in parts of at most `rows` samples each."""
+    if isinstance(batch, Tensor):
+        return list(batch.split(rows))
+    parts = {name: tensor.split(rows) for name, tensor in batch.items()}
+    return [{name: own[i] for name, own in parts.items()} for i in range(-(-batch_rows(batch) // rows))]
+
+
+def batch_inputs(program: Program, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Return the program's inputs for a batch, by name; floats come in `dtype`.
+
+    Ids [batch, seq] are completed as by `empty_inputs`, or for a program that predicts no tokens by a mask of ones and
+    zeros for other integers of their shape. Raises UnsupportedError for inputs that ids cannot fill, UsageError for
+    arrays that are missing, superfluous or of other sizes than the inputs.
+    """
+    if not isinstance(batch, Tensor):
+        return _array_inputs(program, batch, dtype)
+    return empty_inputs(program, batch, dtype) if predicts_tokens(program) else _text_inputs(program, batch)
+
+
+def check_takes_text(program: Program) -> None:
+    """Raise UnsupportedError for a program with an input that follows from no text."""
+    inputs = {n.name: tensor_type_of(n) for n in program.inputs}
+    if predicts_tokens(program):
+        return
+    dims = inputs[IDS].dims if IDS in inputs else ()
+    for name, kind in inputs.items():
+        if len(dims) != 2 or kind.dtype.is_floating_point or len(kind.dims) != 2:
+            raise UnsupportedError(
+                f"token ids alone do not fill the input {name}",
+                where=program.name,
+                why=f"it is {kind}, and the inputs are {', '.join(inputs)}",
+                fix="give arrays for all inputs: --calib FILE.npz",
+            )
+
+
+def _text_inputs(program: Program, ids: Tensor) -> dict[str, Tensor]:
+    check_takes_text(program)
+    values = {}
+    for node in program.inputs:
+        fill = ids if node.name == IDS else torch.full_like(ids, int(node.name == MASK))
+        values[node.name] = fill.to(tensor_type_of(node).dtype)
+        _check_sizes(node, fill)
+    return values
+
+
+def _array_inputs(program: Program, batch: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    check_arrays(program, batch)
+    values = {}
+    for node in program.inputs:
+        kind = tensor_type_of(node).dtype
+        values[node.name] = batch[node.name].to(dtype if kind == torch.float32 else kind)
+    return values
+
+
+def check_arrays(program: Program, batch: Mapping[str, Tensor]) -> None:
+    """Raise UsageError unless arrays are those of a program's inputs, sizes and kinds of numbers included."""
+    names = [n.name for n in program.inputs]
+    missing, more = [n for n in names if n not in batch], [n for n in batch if n not in names]
+    if missing or more:
+        raise UsageError(
+            f"there is no array for the input {missing[0]}"
+            if missing
+            else f"there is no input for the array {more[0]}",
+            where=program.name,
+            why=f"the inputs are {', '.join(names)}, the arrays {', '.join(batch) or 'none'}",
+            fix="give one array for every input, under its name",
+        )
+    for node in program.inputs:
+        _check_sizes(node, batch[node.name])
+        if batch[node.name].is_floating_point() and not tensor_type_of(node).dtype.is_floating_point:
+            why = f"the input is {tensor_type_of(node)}, the array {batch[node.name].dtype}"
+            raise UsageError(f"the array {node.name} holds no whole numbers", where=node.name, why=why)
+
+
+def _check_sizes(node: fx.Node, given: Tensor) -> None:
+    kind, sizes = tensor_type_of(node), list(given.shape)
+    pairs = zip(kind.dims, sizes, strict=False)
+    if len(sizes) != len(kind.dims) or any(isinstance(d, int) and d != size for d, size in pairs):
+        fix = "give arrays of that shape"
+        if node.name == IDS and len(sizes) == 2:
+            fix = f"give --seqlen {kind.dims[1]}" if isinstance(kind.dims[1], int) else fix
+        raise UsageError(
+            f"the sizes {sizes} do not fit the input {node.name}", where=node.name, why=f"it is {kind}", fix=fix
+        )
+
 
 def empty_inputs(program: Program, ids: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Return inputs for a prefill of ids [batch, seq]: an all-ones attention mask and a cache of length 0."""
+    """Return inputs of a language model for a prefill of ids [batch, seq]: a mask of ones and a cache of length 0."""
     values = {program.inputs[0].name: ids, program.inputs[1].name: torch.ones_like(ids)}
     for node in program.inputs[2:]:
         kind = node.meta["type"]

@@ -24,7 +24,7 @@ from passes.sparsify.branches import branch_params
 from passes.sparsify.masks import PACKED, TRAINED, Mask, foresee_masks, kept_group, mask_of, pattern_at, put_mask
 from passes.sparsify.pattern import DENSE, Pattern, nm_mask, pattern_of
 from passes.sparsify.scores import magnitude
-from passes.stream import Step, by_rows, calibration, counted_in, walk
+from passes.stream import Step, by_rows, counted_in, token_batches, walk
 from passes.training.events import report_outcome
 from passes.training.loop import Outcome, Problem, Recipe, split, train
 from passes.training.loss import distilled_loss
@@ -89,7 +89,7 @@ class Ast(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"masks", TRAINED})
     refuses: ClassVar[frozenset[str]] = frozenset()
     closes_with: ClassVar[str] = "pack"
-    data: ClassVar[Calib | None] = Calib("float", gradients=True, original=True)
+    data: ClassVar[Calib | None] = Calib("float", gradients=True, original=True, tokens=True)
     exact: ClassVar[bool] = False
 
     def validate(self) -> None:
@@ -188,7 +188,7 @@ class Ast(Pass):
         ctx: Context,
     ) -> Problem:
         """Return what is trained; last: the last block of a walk on the float model."""
-        rows = calibration(ctx)
+        rows = token_batches(ctx, program, f"pass {self.name}")
         model, teacher = whole_function(program, [part.free for part in parts], self.recompute), teacher_of(last)
 
         def loss(state: Mapping[str, Tensor], batch: int) -> Tensor:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ir.analysis import LinearSite
+    from ir.execute import Batch
     from ir.products import Precision
     from ir.program import Program
     from passes.quantize.hessian import Gram
@@ -39,12 +40,14 @@ class Calib:
     """Which activations a pass wants to see, block by block, and whether it differentiates through the block.
 
     stream: `float` is the model as it came, `compressed` the model with all earlier blocks already compressed;
-    original: it looks at the program before an earlier pass changed its function (`Context.original`).
+    original: it looks at the program before an earlier pass changed its function (`Context.original`); tokens: it
+    learns from predictions of tokens, and so wants a language model and batches of token ids.
     """
 
     stream: Literal["float", "compressed", "both"]
     gradients: bool = False
     original: bool = False
+    tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ class Log:
 class Context:
     """What a pass is handed beside the program.
 
-    calibration: token ids, one i64[batch,seq] tensor a batch, or None where the pipeline needs no data.
+    calibration: batches (`ir.execute.Batch`): token ids i64[batch,seq], or arrays for all inputs by name; None where
+    the pipeline needs no data.
     counted: of each of these tokens, bool [batch,seq], whether losses of predictions count it; None for all.
     work: directory that outlives an interrupted run, for resuming, or None.
     strict: whether a site that a pass skips is an error.
@@ -174,7 +178,7 @@ class Context:
 
     seed: int = 0
     log: Log = field(default_factory=Log)
-    calibration: Sequence[torch.Tensor] | None = None
+    calibration: Sequence[Batch] | None = None
     work: Path | None = None
     strict: bool = False
     precision: Precision = "float32"

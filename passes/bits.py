@@ -28,7 +28,7 @@ from passes.quantize.salience import (
     weighted_loss,
 )
 from passes.sites import check_skip, choose_sites, outside_blocks, weights_of
-from passes.stream import Step, calibration, walk
+from passes.stream import Step, token_batches, walk
 from passes.widths import put_widths
 
 # Rows tried of a site: what a width loses is a sum over rows, which a sample of them tells at a fraction of the time.
@@ -81,7 +81,8 @@ class Bits(Pass):
 
     def needs(self) -> Calib | None:
         """Return the float stream, with gradients for that method, or nothing for errors of the weights alone."""
-        return None if self.calib == "none" else Calib("float", gradients=self.method == "gradient")
+        learns = self.method == "gradient"
+        return None if self.calib == "none" else Calib("float", gradients=learns, tokens=learns)
 
     def validate(self) -> None:
         """Raise OptionError for a target that is no budget, and for options that contradict each other."""
@@ -180,7 +181,8 @@ class Bits(Pass):
         work = None if ctx.work is None else ctx.work / "gradients"
         if (done := load_block(work, 0)) is not None:
             return done[0]
-        windows = [ids for batch in calibration(ctx) for ids in batch.split(1)][: self.sequences]
+        batches = token_batches(ctx, program, f"pass {self.name}")
+        windows = [ids for batch in batches for ids in batch.split(1)][: self.sequences]
         sums = {s.node: torch.zeros(s.rows, dtype=torch.float64) for sites in parts for s in sites}
         wanted = {node: _squares_into(total) for node, total in sums.items()}
         plan, step = layout(program), ctx.log.progress(len(windows), f"{self.name}: gradients")

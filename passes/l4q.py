@@ -92,7 +92,7 @@ class L4q(Pass):
     order_reason: ClassVar[str] = "it ends in codes, which later passes only tune"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     refuses: ClassVar[frozenset[str]] = frozenset()
-    data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True)
+    data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True, tokens=True)
     exact: ClassVar[bool] = False
 
     def validate(self) -> None:

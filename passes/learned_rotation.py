@@ -19,7 +19,7 @@ from passes.equiv.producers import bias_of
 from passes.equiv.turns import Mix, cayley, turned_bias, turned_weight
 from passes.kv import Kv
 from passes.rotation import RotationPlan, write_rotation
-from passes.stream import Step, by_rows, calibration, counted_in, walk
+from passes.stream import Step, by_rows, counted_in, token_batches, walk
 from passes.training.events import report_outcome
 from passes.training.loop import Problem, Recipe, split, train
 from passes.training.loss import next_token_loss, teacher_loss
@@ -139,7 +139,7 @@ def _by_block(model: Program, plan: RotationPlan) -> list[_Turned]:
 
 def _problem(model: Program, plan: RotationPlan, last: Step, spec: LearnSpec, ctx: Context) -> Problem:
     """Return what is trained; model: rotated, with rounded activations; last: the float model's last block."""
-    rows, parts = calibration(ctx), _by_block(model, plan)
+    rows, parts = token_batches(ctx, model, "learning rotations"), _by_block(model, plan)
     function, teacher = whole_function(model, [part.free for part in parts]), teacher_of(last)
     start = starts(plan)
 

@@ -18,6 +18,7 @@ from passes.base import Context, Diagnostic, Event, Log, Pass, SiteReport
 from passes.memory import PeakMemory, give_back_memory
 from passes.pipeline import Pipeline, check
 from passes.probe import Probe, check_probe, float_dtype, take_probe
+from passes.stream import token_batches
 
 VerifyMode = Literal["off", "each", "full"]
 DumpMode = Literal["none", "before", "after", "each"]
@@ -74,6 +75,7 @@ def run_pipeline(
     `ctx.strict` for a skipped site.
     """
     check(pipeline, program.level, program.facts)
+    _check_batches(program, pipeline, ctx)
     if settings.verify != "off":
         verify(program, full=settings.verify == "full")
     _dump(program, settings, "before", 0, "before")
@@ -101,6 +103,13 @@ def run_pipeline(
     return tuple(state.reports)
 
 
+def _check_batches(program: Program, pipeline: Pipeline, ctx: Context) -> None:
+    """Raise UsageError for a pass that learns from predictions of tokens where there are none."""
+    for pass_ in pipeline.passes():
+        if (calib := pass_.needs()) is not None and calib.tokens and ctx.calibration:
+            token_batches(ctx, program, f"pass {pass_.name}")
+
+
 def _wants_original(pass_: Pass) -> bool:
     calib = pass_.needs()
     return calib is not None and calib.original
@@ -112,7 +121,7 @@ def _run_one(program: Program, pass_: Pass, ctx: Context, settings: Settings, st
     stamp, writes = _stamp(program), len(program.params.writes)
     probing = pass_.exact and settings.probe
     if probing and state.probed != stamp:
-        state.probe, state.probed = take_probe(program, ctx.seed), stamp
+        state.probe, state.probed = _probe(program, ctx), stamp
     start = time.perf_counter()
     with PeakMemory() as peak:
         pass_.run(program, replace(ctx, log=log, work=work))
@@ -166,11 +175,15 @@ def _verify_after(program: Program, pass_: Pass, full: bool) -> None:
         ) from error
 
 
+def _probe(program: Program, ctx: Context) -> Probe:
+    return take_probe(program, ctx.seed, ctx.calibration[0] if ctx.calibration else None)
+
+
 def _probe_after(program: Program, pass_: Pass, ctx: Context, state: _Run, changed: bool, written: list[str]) -> float:
     """Compare with the probe before the pass; what it did not write it cannot have rounded."""
     if not changed or state.probe is None:
         return 0.0
-    after = take_probe(program, ctx.seed)
+    after = _probe(program, ctx)
     error = check_probe(state.probe, after, pass_.name, float_dtype(program, written))
     state.probe, state.probed = after, _stamp(program)
     return error

@@ -65,7 +65,7 @@ class Rabit(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     gives: ClassVar[frozenset[str]] = frozenset({"quant-weights"})
     refuses: ClassVar[frozenset[str]] = frozenset({"masks"})
-    data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True)
+    data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True, tokens=True)
     exact: ClassVar[bool] = False
 
     def validate(self) -> None:

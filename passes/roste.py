@@ -43,7 +43,7 @@ class Roste(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical", "folded"})
     gives: ClassVar[frozenset[str]] = frozenset({"quant-weights"})
     refuses: ClassVar[frozenset[str]] = frozenset({"masks"})
-    data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True)
+    data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True, tokens=True)
     exact: ClassVar[bool] = False
 
     def validate(self) -> None:

@@ -60,7 +60,7 @@ class Rotate(Pass):
 
     def needs(self) -> Calib | None:
         """Return the float stream where rotations are learned or chosen, and nothing otherwise."""
-        return Calib("float", gradients=self.learn > 0) if self.learn or self.choose else None
+        return Calib("float", gradients=self.learn > 0, tokens=self.learn > 0) if self.learn or self.choose else None
 
     def validate(self) -> None:
         """Raise OptionError for values training cannot have."""

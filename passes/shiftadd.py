@@ -118,7 +118,8 @@ class ShiftAdd(Pass):
         """Return the compressed stream, the float one beside it for float targets, gradients for `bpw`, or nothing."""
         if self.calib == "none":
             return None
-        return Calib("both" if self._both else "compressed", gradients=bool(self.bpw), original=True)
+        learns = bool(self.bpw)
+        return Calib("both" if self._both else "compressed", gradients=learns, original=True, tokens=learns)
 
     @property
     def _both(self) -> bool:

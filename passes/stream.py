@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from ir.analysis import Block, Layout, between, layout, token_carriers
+from ir.analysis import Block, Layout, between, layout, predicts_tokens, stream_input, token_carriers
 from ir.errors import UnsupportedError, UsageError
-from ir.execute import empty_inputs
+from ir.execute import Batch, batch_inputs, split_batch
 from ir.products import Precision, products_in
 from ir.program import Program, is_call, release
 from ir.region import Region, region
@@ -28,9 +28,10 @@ class _Flow:
     """One stream of activations through a program, with matrix products in `precision`.
 
     entry: the value entering the current block, per batch; carried: the token ids and other token-dependent values of
-    the prologue that blocks read, per batch; ambient: values that depend on shapes only, per batch shape; ready: the
-    block's exit, per batch, where observing a block that will not change has computed it already; due: blocks that were
-    left without anybody looking at the stream, and are run once somebody does; seen: whether somebody did in this one.
+    the prologue that blocks read, per batch; ambient: values that depend on shapes only, per batch shape (of arrays,
+    whose masks are data too, none); ready: the block's exit, per batch, where observing a block that will not change
+    has computed it already; due: blocks that were left without anybody looking at the stream, and are run once somebody
+    does; seen: whether somebody did in this one.
     """
 
     program: Program
@@ -211,7 +212,7 @@ def walk(
 def _walk(
     program: Program,
     plan: Layout,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     room: Room,
     ctx: Context,
     stream: Literal["float", "compressed", "both"],
@@ -244,7 +245,7 @@ def observe(program: Program, ctx: Context, wanted: Mapping[fx.Node, Callback], 
         step.observe_float({node.name: call for node, call in wanted.items() if node.name in inside})
 
 
-def calibration(ctx: Context) -> Sequence[Tensor]:
+def calibration(ctx: Context) -> Sequence[Batch]:
     """Return the calibration batches; raises UsageError when the run has none."""
     if not ctx.calibration:
         raise UsageError(
@@ -255,9 +256,32 @@ def calibration(ctx: Context) -> Sequence[Tensor]:
     return ctx.calibration
 
 
+def token_batches(ctx: Context, program: Program, what: str) -> Sequence[Tensor]:
+    """Return the calibration batches as token ids [batch, seq], for what learns from predictions of tokens.
+
+    what: names it. Raises UsageError for a program that predicts no tokens and for batches of arrays.
+    """
+    batches = calibration(ctx)
+    found = [batch for batch in batches if isinstance(batch, Tensor)]
+    require_predictions(program, len(found) < len(batches), what)
+    return found
+
+
+def require_predictions(program: Program, arrays: bool, what: str) -> None:
+    """Raise UsageError where there are no predictions of tokens to learn from; arrays: calibration is of these."""
+    if predicts_tokens(program) and not arrays:
+        return
+    raise UsageError(
+        f"{what} learns from predictions of tokens, which there are none of here",
+        where=program.name,
+        why="calibration is of arrays" if predicts_tokens(program) else "the model is no causal language model",
+        fix="use what works block by block: gptq, awq, omniquant, shiftadd, sparse, tune-scales, bits{method=loss}",
+    )
+
+
 def by_rows(ctx: Context, rows: int) -> Context:
     """Return the run with calibration batches cut to at most `rows` samples each, for steps of training."""
-    parts = [part for ids in calibration(ctx) for part in ids.split(rows)]
+    parts = [part for batch in calibration(ctx) for part in split_batch(batch, rows)]
     counted = ctx.counted and [part for mask in ctx.counted for part in mask.split(rows)]
     return replace(ctx, calibration=parts, counted=counted)
 
@@ -267,9 +291,9 @@ def counted_in(ctx: Context, batch: int) -> Tensor | None:
     return None if ctx.counted is None else ctx.counted[batch]
 
 
-def _start(program: Program, plan: Layout, batches: Sequence[Tensor], precision: Precision, room: Room) -> _Flow:
+def _start(program: Program, plan: Layout, batches: Sequence[Batch], precision: Precision, room: Room) -> _Flow:
     """Run the prologue on every batch and keep what the blocks read of it."""
-    carriers = token_carriers(program)
+    carriers, start = token_carriers(program), stream_input(program)
     inside = {n for block in plan.blocks for n in block.nodes}
     read = {s for n in inside for s in n.all_input_nodes if s not in inside and s.op == "call_function"}
     entry = plan.blocks[0].entry
@@ -277,13 +301,19 @@ def _start(program: Program, plan: Layout, batches: Sequence[Tensor], precision:
     flow = _Flow(program, plan, Shelf(room), [], {}, [], precision, Shelf(room))
     part = region(program, plan.prologue, outputs)
     module = part.module(decode=True)
-    for ids in batches:
-        values = dict(zip((n.name for n in outputs), _call(module, part, empty_inputs(program, ids)), strict=True))
-        flow.entry.append(values.pop(entry.name))
-        own = {n.name: values.pop(n.name) for n in outputs if n in carriers and n is not entry}
-        flow.carried.append({program.inputs[0].name: ids, **own})
-        flow.ambient.setdefault(ids.shape, {**empty_inputs(program, ids), **values})
-        flow.shapes.append(ids.shape)
+    for batch in batches:
+        inputs = batch_inputs(program, batch)
+        found = dict(zip((n.name for n in outputs), _call(module, part, inputs), strict=True))
+        flow.entry.append(found.pop(entry.name) if entry.name in found else inputs[entry.name])
+        if isinstance(batch, Tensor):
+            own = {n.name: found.pop(n.name) for n in outputs if n in carriers and n is not entry}
+            flow.carried.append({start.name: inputs[start.name], **own})
+            flow.ambient.setdefault(batch.shape, {**inputs, **found})
+            flow.shapes.append(batch.shape)
+        else:
+            flow.carried.append({**inputs, **found})
+            flow.ambient.setdefault(torch.Size(), {})
+            flow.shapes.append(torch.Size())
     release(module)
     return flow
 

@@ -8,7 +8,7 @@ from the compressed blocks before, and offsets learn too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, fx
@@ -54,9 +54,13 @@ class TuneScales(Pass):
     stage: ClassVar[Stage] = Stage.TUNE
     order_reason: ClassVar[str] = "it trains the scales of codes that are there"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
-    data: ClassVar[Calib | None] = Calib("both", gradients=True, original=True)
+    data: ClassVar[Calib] = Calib("both", gradients=True, original=True)
     refuses: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
+
+    def needs(self) -> Calib | None:
+        """Return both streams, with predictions of tokens for the losses that are taken over the whole model."""
+        return replace(self.data, tokens=self.loss in ("kl", "ce"))
 
     def validate(self) -> None:
         """Raise OptionError for values training cannot have."""

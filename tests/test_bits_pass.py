@@ -161,7 +161,9 @@ def test_without_calibration_errors_of_the_weights_count(tiny_model: Program) ->
         error = weight - decoded(rounded, coded(rounded)[site.name])
         assert row.figures["rel_error"] == pytest.approx(float(error.norm() / weight.norm()), rel=1e-9)
     assert Bits(calib="none", method="loss").needs() is None
-    assert Bits(method="loss").needs() == Calib("float") and Bits().needs() == Calib("float", gradients=True)
+    assert Bits(method="loss").needs() == Calib("float") and Bits().needs() == Calib(
+        "float", gradients=True, tokens=True
+    )
 
 
 def test_gradients_weigh_each_output_by_what_it_does_to_the_loss(tiny_model: Program) -> None:

@@ -100,7 +100,7 @@ def test_the_pass_stays_within_its_budget_and_says_what_it_stands_for(tiny_model
     widths, coder = parse(text).passes()
     again, _ = compress(tiny_model, [widths, coder])
     assert all(same_parts(found, again, name) for name in sites)
-    assert short.needs() == (None if calib == "none" else Calib("both", gradients=True, original=True))
+    assert short.needs() == (None if calib == "none" else Calib("both", gradients=True, original=True, tokens=True))
 
 
 def test_a_run_that_was_cut_goes_on_from_its_widths(tiny_model: Program, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frontend.hf import CausalWithCache, cache_shapes
 from frontend.onnx.opened import open_program
 from frontend.open import Model, open_model
 from ir.analysis import blocks
@@ -22,6 +21,7 @@ from ir.text import dump
 from ir.verify import verify
 from passes.equiv.discover import discover
 from tests.architectures import CONFIGS, VOCAB
+from tests.onnx_exports import export_causal
 from tools.compile import main
 from tools.entry import run
 
@@ -39,30 +39,10 @@ def model_of(name: str) -> tuple[nn.Module, Any]:
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval(), config
 
 
-def exported(name: str, folder: Path) -> Path:
-    """Write a tiny model with cache as ONNX, as its exporter does by default."""
-    model, config = model_of(name)
-    past = [torch.zeros(2, s.heads, 3, d) for s in cache_shapes(config, "sdpa") for d in (s.key_dim, s.value_dim)]
-    batch, seq, length = (torch.export.Dim(n) for n in ("batch", "seq", "past"))
-    dims = ({0: batch, 1: seq}, {0: batch, 1: torch.export.Dim.AUTO}, [{0: batch, 2: length}] * len(past))
-    kinds = [f"{i // 2}.{'value' if i % 2 else 'key'}" for i in range(len(past))]
-    path = folder / f"{name}.onnx"
-    torch.onnx.export(
-        CausalWithCache(model),
-        (torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), past),
-        path,
-        dynamic_shapes=dims,
-        input_names=["input_ids", "attention_mask", *(f"past_key_values.{k}" for k in kinds)],
-        output_names=["logits", *(f"present.{k}" for k in kinds)],
-        dynamo=True,
-        verbose=False,
-    )
-    return path
-
-
 @pytest.fixture(scope="module", params=NAMES)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Model]:
-    path = exported(request.param, tmp_path_factory.mktemp("onnx"))
+    folder = tmp_path_factory.mktemp("onnx")
+    path = export_causal(model_of(request.param)[0], folder / f"{request.param}.onnx")
     return request.param, path, open_model(str(path))
 
 

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from passes.base import Event
     from passes.manager import PassReport
     from passes.pipeline import Pipeline
-    from tools.calibration import TokenData
     from tools.costs import CostStep
+    from tools.data import Data
     from tools.estimate import Estimate
-    from tools.gate import Quality
+    from tools.gate import Fidelity, Quality
     from tools.report import Report
 
 
@@ -99,27 +99,29 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
     from frontend.open import open_model
     from passes.memory import PeakMemory
     from passes.pipeline import check
+    from passes.stream import require_predictions
+    from tools.data import calibration_data, readable_data
     from tools.estimate import check_resources, estimate
-    from tools.self_text import SELF
-    from tools.text import load_text
     from tools.work import work_folder
 
     clock = _Clock()
     planned = plan(options)
     for line in planned.notes:
         note(line)
-    # A text that cannot be read is found out before a model is traced.
-    if options.calib != SELF:
-        load_text(options.calib)
+    arrays = readable_data(options.calib)
     with PeakMemory() as peak:
         with clock.phase("open"):
             model = open_model(options.model, note)
         target_backend(options).require(model.program)
+        for pass_ in planned.pipeline.passes():
+            if (needs := pass_.needs()) is not None and needs.tokens:
+                require_predictions(model.program, arrays is not None, f"pass {pass_.name}")
         check(planned.pipeline, model.program.level, model.program.facts)
         found = estimate(model.program, planned.pipeline, options.samples, options.seqlen, options.out)
         check_resources(found, options.out)
         with clock.phase("text"):
-            data = _data(model, planned.pipeline, options)
+            data = calibration_data(model, planned.pipeline, options, arrays)
+            del arrays
         with clock.phase("check weights"):
             _check_weights(model.program)
         before = model.program.clone()
@@ -128,48 +130,6 @@ def compile_model(options: BuildOptions, listener: Callable[[Event], None] | Non
             with clock.phase("judge"):
                 quality = _judge(before, model.program, data, options)
             return _finish(options, planned, model, ran, quality, data, work, clock, peak)
-
-
-def _data(model: Model, pipeline: Pipeline, options: BuildOptions) -> TokenData | None:
-    """Return calibration and held-out tokens; None when no pass needs data and the model has no tokenizer."""
-    from frontend.tokenizer import load_tokenizer
-    from tools.calibration import token_data
-    from tools.self_text import SELF, self_data
-
-    needed = any(pass_.needs() is not None for pass_ in pipeline.passes())
-    if options.calib == SELF:
-        _check_context(model, options.seqlen)
-        return self_data(model.program, options.samples if needed else 1, options.seqlen, options.seed)
-    try:
-        tokenizer = load_tokenizer(model.path)
-    except UnsupportedError as error:
-        if needed:
-            raise
-        note(f"no tokenizer ({error.why}): the quality of the result is not judged")
-        return None
-    _check_context(model, options.seqlen)
-    samples = options.samples if needed else 1
-    data = token_data(tokenizer, options.calib, samples, options.seqlen, options.seed)
-    known, largest = model.program.outputs[0].meta["type"].dims[-1], max(int(b.max()) for b in data.calibration)
-    if largest >= int(known):
-        raise UnsupportedError(
-            "the tokenizer does not belong to the model",
-            where=str(model.path),
-            why=f"it gives token {largest}, and the model knows {known} tokens",
-            fix="put the tokenizer files of the original model beside its weights",
-        )
-    return data
-
-
-def _check_context(model: Model, seqlen: int) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(context, int) and seqlen > context:
-        raise UsageError(
-            f"--seqlen {seqlen} is longer than the model's context",
-            where=str(model.path),
-            why=f"its configuration allows {context} positions",
-            fix=f"give --seqlen {context} or less",
-        )
 
 
 def _check_weights(program: Program) -> None:
@@ -196,7 +156,7 @@ def _run(
     program: Program,
     planned: Plan,
     options: BuildOptions,
-    data: TokenData | None,
+    data: Data | None,
     work: Path,
     clock: _Clock,
     listener: Callable[[Event], None] | None,
@@ -221,14 +181,26 @@ def _run(
     return _Ran(reports, tuple(costs), tuple(f"{n.by}: {n.text}" for n in log.notes))
 
 
-def _judge(before: Program, after: Program, data: TokenData | None, options: BuildOptions) -> Quality | None:
+def _judge(before: Program, after: Program, data: Data | None, options: BuildOptions) -> Quality | Fidelity | None:
+    from torch import Tensor
+
+    from ir.analysis import predicts_tokens
+    from tools.calibration import in_batches
     from tools.console import progress
-    from tools.gate import judge
+    from tools.gate import compared_result, judge, judge_results
 
     if data is None:
         return None
-    with progress("judge", len(data.held_out)) as step:
-        return judge(before, after, data.held_out, options.max_kl if options.gate else float("inf"), step)
+    held_out = data.held_out
+    if isinstance(held_out, Tensor) and predicts_tokens(before):
+        with progress("judge", len(held_out)) as step:
+            return judge(before, after, held_out, options.max_kl if options.gate else float("inf"), step)
+    if compared_result(before) is None:
+        note("the model has no results of floats: the quality of what came out is not judged")
+        return None
+    batches = in_batches(held_out, len(data.calibration[0])) if isinstance(held_out, Tensor) else held_out
+    with progress("judge", len(batches)) as step:
+        return judge_results(before, after, batches, options.max_error if options.gate else float("inf"), step)
 
 
 def _finish(
@@ -236,14 +208,15 @@ def _finish(
     planned: Plan,
     model: Model,
     ran: _Ran,
-    quality: Quality | None,
-    data: TokenData | None,
+    quality: Quality | Fidelity | None,
+    data: Data | None,
     work: Path,
     clock: _Clock,
     peak: Any,
 ) -> Report:
     """Write the artifact beside its place, then move it there."""
     from backends.detours import detour_lines
+    from ir.analysis import predicts_tokens, result_names
     from ir.artifact import read_program, write_program
     from tools.console import progress
     from tools.report import Report, write_report
@@ -271,6 +244,7 @@ def _finish(
         report = Report(
             options.model, str(planned.pipeline), str(options.out), clock.phases, peak.bytes, ran.reports, totals,
             quality, settings, (*planned.notes, *ran.notes, *notes), ran.costs, options.energy, detours,
+            () if predicts_tokens(model.program) else result_names(model.program),
         )  # fmt: skip
         write_report(report, partial)
         os.replace(partial, options.out)
@@ -294,10 +268,14 @@ def _lowered(options: BuildOptions, program: Program, folder: Path) -> tuple[Det
     return detours
 
 
-def _settings(options: BuildOptions, data: TokenData | None) -> dict[str, Any]:
+def _settings(options: BuildOptions, data: Data | None) -> dict[str, Any]:
+    from tools.arrays import is_array_file
+
     names = ("calib", "samples", "seqlen", "seed", "precision")
-    digest = None if data is None else data.digest
-    return {**{name: getattr(options, name) for name in names}, "calibration_sha256": digest}
+    found = {name: getattr(options, name) for name in names}
+    if is_array_file(options.calib):
+        found["seqlen"] = None
+    return {**found, "calibration_sha256": None if data is None else data.digest}
 
 
 def _write_manifest(
@@ -306,7 +284,7 @@ def _write_manifest(
     planned: Plan,
     model: Model,
     hashes: dict[str, str],
-    quality: Quality | None,
+    quality: Quality | Fidelity | None,
     settings: dict[str, Any],
 ) -> None:
     """Write manifest.json; everything in it is the same in every run of the same compilation."""

@@ -13,7 +13,7 @@ from tools.text import Piece, load_pieces
 if TYPE_CHECKING:
     import torch
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 8, 256
 
 
@@ -52,7 +52,45 @@ def encode_pieces(tokenizer: Any, pieces: Sequence[Piece]) -> tuple[list[int], l
     return ids, counted
 
 
-def token_data(tokenizer: Any, spec: str, samples: int, seqlen: int, seed: int) -> TokenData:
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that a tokenizer puts before and behind a text, such as [CLS] and [SEP]; empty for none."""
+    plain, whole = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How windows of a text look: of `length` tokens, judged on those of `held_out`, between special tokens or not.
+
+    rows: windows a batch, None for as many as have about 4096 tokens.
+    """
+
+    length: int
+    held_out: int
+    before: Sequence[int] = ()
+    after: Sequence[int] = ()
+    rows: int | None = None
+
+    @property
+    def special(self) -> int:
+        """How many of a window's tokens are special ones."""
+        return len(self.before) + len(self.after)
+
+    def wrapped(self, inner: torch.Tensor) -> torch.Tensor:
+        """Return windows [n, length - special] with the special tokens around them."""
+        import torch
+
+        if not self.special:
+            return inner
+        ends = (torch.tensor(tokens, dtype=inner.dtype).expand(len(inner), -1) for tokens in (self.before, self.after))
+        before, after = ends
+        return torch.cat([before, inner, after], 1)
+
+
+def token_data(tokenizer: Any, spec: str, samples: int, seqlen: int | Windows, seed: int) -> TokenData:
     """Draw `samples` distinct windows of `seqlen` tokens from the first nine tenths of a text, by a local generator.
 
     Texts follow each other without padding. Raises UsageError when the text holds fewer windows than asked for, with
@@ -60,27 +98,31 @@ def token_data(tokenizer: Any, spec: str, samples: int, seqlen: int, seed: int) 
     """
     import torch
 
+    form = Windows(seqlen, min(HELD_OUT_LENGTH, seqlen)) if isinstance(seqlen, int) else seqlen
+    inner, length = form.length - form.special, form.held_out - form.special
+    if min(inner, length) < 1:
+        why = f"{form.special} of its tokens are special ones"
+        raise UsageError(f"--seqlen {form.length} leaves no room for text", why=why, fix="give a larger --seqlen")
     tokens, flags = encode_pieces(tokenizer, load_pieces(spec))
     ids, counted = torch.tensor(tokens, dtype=torch.long), torch.tensor(flags, dtype=torch.bool)
     split = len(ids) * 9 // 10
-    windows, marks = (x[: split // seqlen * seqlen].view(-1, seqlen) for x in (ids, counted))
+    windows, marks = (x[: split // inner * inner].view(-1, inner) for x in (ids, counted))
     rest = ids[split:]
-    length = min(HELD_OUT_LENGTH, seqlen)
     if len(windows) < samples or len(rest) < length:
         raise UsageError(
-            f"the calibration text is too short for {samples} samples of {seqlen} tokens",
+            f"the calibration text is too short for {samples} samples of {form.length} tokens",
             where=spec,
             why=f"its first nine tenths hold {len(windows)} such windows ({len(ids)} tokens in all)",
             fix=f"give more text, or --samples {max(1, len(windows))} or a smaller --seqlen",
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
-    chosen, known = windows[order], marks[order]
-    held_out = rest[: min(HELD_OUT_WINDOWS, len(rest) // length) * length].view(-1, length)
-    apart = not bool(counted.all())
+    chosen, known = form.wrapped(windows[order]), marks[order]
+    held_out = form.wrapped(rest[: min(HELD_OUT_WINDOWS, len(rest) // length) * length].view(-1, length))
+    apart = not form.special and not bool(counted.all())
     digest = hashlib.sha256(chosen.numpy().tobytes() + (known.numpy().tobytes() if apart else b"")).hexdigest()
-    return TokenData(in_batches(chosen), held_out, digest, in_batches(known) if apart else None)
+    return TokenData(in_batches(chosen, form.rows), held_out, digest, in_batches(known, form.rows) if apart else None)
 
 
-def in_batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return windows [samples, seqlen] in batches of about as many tokens."""
-    return tuple(windows.split(max(1, _BATCH_TOKENS // windows.shape[1])))
+def in_batches(windows: torch.Tensor, rows: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Return windows [samples, seqlen] in batches of `rows`, or of about as many tokens."""
+    return tuple(windows.split(rows or max(1, BATCH_TOKENS // windows.shape[1])))

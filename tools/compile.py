@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """Return the command's argument parser."""
     p = argparse.ArgumentParser("compile", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("model", metavar="MODEL", help="Hugging Face directory or hub id, .gguf file, artifact or zoo name")
+    p.add_argument(
+        "model", metavar="MODEL", help="Hugging Face directory or hub id, .gguf or .onnx file, artifact or zoo name"
+    )
     p.add_argument("--passes", default="", help="pipeline, e.g. 'fold,shiftadd{bits=3 group=64}'; `tools.passes` lists")
     p.add_argument("--recipe", type=Path, metavar="FILE", help="file with a pipeline, one pass a line")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="artifact directory to make")
@@ -36,10 +38,11 @@ def parser() -> argparse.ArgumentParser:
     level = "of MatMulNBits: 4 takes activations in 8 bits (default), 0 as float (default with --kernel-mode exact)"
     p.add_argument("--accuracy-level", type=int, choices=range(5), help=level, **settings)
     text = (
-        "text that passes look at or learn; .jsonl: a text, or prompt and response, a line; self: the model writes it"
+        "text that passes look at or learn; .jsonl: a text, or prompt and response, a line; self: the model writes it; "
+        ".npz: no text but an array for every input, samples along the first axis"
     )
     p.add_argument("--calib", default="builtin", metavar="builtin|self|FILE", help=text)
-    p.add_argument("--samples", type=int, default=128, help="calibration windows")
+    p.add_argument("--samples", type=int, default=128, help="calibration windows, or samples of arrays")
     p.add_argument("--seqlen", type=int, default=512, help="tokens a window")
     p.add_argument("--seed", type=int, default=0, help="of the choice of windows, and of every pass")
     p.add_argument(
@@ -53,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--strict", action="store_true", help="a site left alone, or run by no kernel, is an error")
     p.add_argument("--keep-order", action="store_true", help="refuse a pipeline whose order cannot work")
     p.add_argument("--max-kl", type=float, default=3.0, help="quality gate: largest KL to the input model, in nats")
+    error = "the same for models that are no language models: largest relative error of their first result"
+    p.add_argument("--max-error", type=float, default=0.5, help=error)
     p.add_argument("--no-gate", action="store_true", help="accept any quality")
     p.add_argument("--energy", action="store_true", help="add the energy model's table: published unit costs, 45 nm")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -74,12 +79,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(summary(report))
     if report.quality is not None and not report.quality.passed:
-        raise GateError(
-            "the compiled program failed its quality gate",
-            where=str(options.out),
-            why=f"KL {report.quality.kl:.3g} to the input model, allowed {report.quality.limit:g}",
-            fix="the artifact is kept and marked; use more bits, or --max-kl / --no-gate to accept it",
-        )
+        failed = report.quality.failure
+        raise GateError(failed.what, where=str(options.out), why=failed.why, fix=failed.fix)
     return 0
 
 
@@ -103,7 +104,7 @@ def _options(args: argparse.Namespace) -> BuildOptions:
         args.model, passes, args.out, args.target, args.calib, args.samples, args.seqlen, args.seed, args.precision,
         args.resume, args.dump_ir, args.verify, args.strict, args.keep_order, not args.no_gate, args.max_kl,
         args.energy, getattr(args, "kernel_mode", None), getattr(args, "uniform", None),
-        getattr(args, "accuracy_level", None), args.activation_budget,
+        getattr(args, "accuracy_level", None), args.activation_budget, args.max_error,
     )  # fmt: skip
 
 
@@ -178,15 +179,16 @@ def summary(report: Report) -> str:
     if report.costs:
         parts += [change_line(report.costs), *unknown_lines(report.costs[-1].unknown)]
     if quality is not None:
-        parts.append(
-            f"quality   perplexity {quality.before:.2f} -> {quality.after:.2f}, KL {quality.kl:.4f}, top-1 "
-            f"{quality.top1:.1%} on {quality.tokens} held-out tokens (not comparable between texts)"
-        )
-        parts.append(f"gate      {'passed' if quality.passed else 'FAILED'} (KL at most {quality.limit:g})")
+        parts.append(f"quality   {quality.text}")
+        parts.append(f"gate      {'passed' if quality.passed else 'FAILED'} ({quality.rule})")
     share = ", ".join(f"{name} {seconds:.0f}s" for name, seconds in report.phases.items() if seconds >= 0.5)
     parts.append(f"time      {sum(report.phases.values()):.0f}s ({share}), peak memory {size_text(report.peak_bytes)}")
-    parts.append(f'next      python -m tools.generate {report.out} "The capital of France is"')
-    parts.append(f"          python -m tools.evaluate {report.out} --against {report.model} --windows 8 --last")
+    if report.results:
+        parts.append(f"next      python -m tools.inspect {report.out} --cost")
+        parts.append(f"          python -c \"import nomul; print(nomul.load('{report.out}').signature)\"")
+    else:
+        parts.append(f'next      python -m tools.generate {report.out} "The capital of France is"')
+        parts.append(f"          python -m tools.evaluate {report.out} --against {report.model} --windows 8 --last")
     return "\n".join(part for part in parts if part)
 
 

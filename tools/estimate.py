@@ -127,5 +127,5 @@ def check_resources(found: Estimate, out: Path) -> None:
 
 
 def _last_dim(node: Any) -> int:
-    dim = node.meta["type"].dims[-1]
-    return dim if isinstance(dim, int) else 0
+    dims = node.meta["type"].dims
+    return dims[-1] if dims and isinstance(dims[-1], int) else 0

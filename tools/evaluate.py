@@ -62,8 +62,12 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--batch must be at least 1", why=f"it is {options.batch}")
     text = load_text(options.text)
     students = [load(path, options.target, options.mode, console.note, options.planes) for path in options.model]
+    for student in students:
+        student.require_language_model()
     windows = tokenised(students[0], text, options.ctx, options.windows, options.last)
     teacher = load(options.against, progress=console.note) if options.against else None
+    if teacher is not None:
+        teacher.require_language_model()
     for other in (*students[1:], *([] if teacher is None else [teacher])):
         check_same_vocabulary(students[0], other)
     with products_in(options.precision):

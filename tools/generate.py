@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     from tools.load import load
 
     runtime = load(options.model, options.target, options.mode, console.note, options.planes)
+    runtime.require_language_model()
     prompt = chat_prompt(runtime, options.prompt) if options.chat else options.prompt
     result = runtime.generate(
         prompt,

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from backends.base import Backend
     from ir.products import Precision
 
-DEFAULT_MAX_KL = 3.0
+DEFAULT_MAX_KL, DEFAULT_MAX_ERROR = 3.0, 0.5
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """The options of a compilation, as on the command line.
 
+    max_kl is the gate of language models, max_error that of others.
     kernel_mode, uniform, accuracy_level: settings of the target, None for its own defaults. activation_budget: bytes of
     calibration's activations that stay in memory, None for all.
     """
@@ -45,6 +46,7 @@ class BuildOptions:
     uniform: Literal["own", "contrib"] | None = None
     accuracy_level: int | None = None
     activation_budget: int | None = None
+    max_error: float = DEFAULT_MAX_ERROR
 
 
 def target_backend(options: BuildOptions) -> Backend:
@@ -69,6 +71,7 @@ def check_options(options: BuildOptions) -> None:
         ("--seqlen", options.seqlen, 2, float("inf")),
         ("--seed", options.seed, 0, 2**63 - 1),
         ("--max-kl", options.max_kl, 0, float("inf")),
+        ("--max-error", options.max_error, 0, float("inf")),
     ):
         if not low <= value <= high:
             most = "or more" if high == float("inf") else f"to {high}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from backends.detours import Detour
     from ir.ops.cost import Cost
     from passes.manager import PassReport
-    from tools.gate import Quality
+    from tools.gate import Fidelity, Quality
 
 # SQNR in dB of a site's output: above the first a site is good, below the second it is where quality is lost.
 GREEN, AMBER = 20.0, 12.0
@@ -28,7 +28,8 @@ class Report:
     """Everything a compilation measured. phases: name -> seconds; totals: sizes and bits; notes: lines for the user.
 
     costs: of the program as it came in, then after each pass; energy: also apply the energy model to them; detours:
-    sites that the target does not run by the kernels that were asked for.
+    sites that the target does not run by the kernels that were asked for; results: names of those of a model that is no
+    language model.
     """
 
     model: str
@@ -38,12 +39,13 @@ class Report:
     peak_bytes: int
     reports: tuple[PassReport, ...]
     totals: dict[str, Any]
-    quality: Quality | None
+    quality: Quality | Fidelity | None
     settings: dict[str, Any]
     notes: tuple[str, ...]
     costs: tuple[CostStep, ...] = ()
     energy: bool = False
     detours: tuple[Detour, ...] = ()
+    results: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON-able data, schema 1."""
@@ -169,8 +171,7 @@ def _page(report: Report) -> str:
     bits = report.totals.get("bits_per_weight_compressed")
     cards += [("bits per weight", f"{bits:.3f}")] if bits else []
     if quality is not None:
-        cards += [("perplexity", f"{quality.before:.2f} to {quality.after:.2f}"), ("KL", f"{quality.kl:.4f}")]
-        cards += [("top-1", f"{quality.top1:.1%}"), ("gate", "passed" if quality.passed else "FAILED")]
+        cards += [*quality.cards, ("gate", f"{'passed' if quality.passed else 'FAILED'} ({quality.rule})")]
     if report.costs:
         before, after = (cost_cells(step.cost)[0] for step in (report.costs[0], report.costs[-1]))
         cards += [("multiplies a token", f"{before} to {after}")]

@@ -29,15 +29,16 @@ def self_data(program: Program, samples: int, seqlen: int, seed: int) -> TokenDa
     import torch
 
     from backends.reference.execute import executable
+    from ir.analysis import predicts_tokens
     from ir.errors import UnsupportedError
     from tools.console import progress
 
-    if len(program.inputs) < 3 or len(program.outputs) < 2:
+    if not predicts_tokens(program) or len(program.inputs) < 3 or len(program.outputs) < 2:
         raise UnsupportedError(
             "the model writes no text",
             where=program.name,
             why=f"it takes {', '.join(n.name for n in program.inputs)}, and has no cache",
-            fix="give calibration data with --calib",
+            fix="give calibration data: --calib FILE with text, or FILE.npz with arrays",
         )
     module = executable(program)
     generator = torch.Generator().manual_seed(seed)

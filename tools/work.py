@@ -17,14 +17,14 @@ from tools.console import note
 if TYPE_CHECKING:
     from frontend.open import Model
     from passes.pipeline import Pipeline
-    from tools.calibration import TokenData
+    from tools.data import Data
     from tools.options import BuildOptions
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def work_folder(options: BuildOptions, model: Model, pipeline: Pipeline, data: TokenData | None) -> Iterator[Path]:
+def work_folder(options: BuildOptions, model: Model, pipeline: Pipeline, data: Data | None) -> Iterator[Path]:
     """Give a folder beside the output; it goes when the run is through, and stays for --resume when it was cut short.
 
     A run whose input is at fault (exit codes 2 and 3) leaves nothing either. Raises UsageError when --resume meets the
@@ -77,7 +77,7 @@ def _claim(folder: Path, wanted: str, resume: bool) -> None:
     mark.write_text(wanted, encoding="utf-8")
 
 
-def _fingerprint(options: BuildOptions, model: Model, pipeline: Pipeline, data: TokenData | None) -> str:
+def _fingerprint(options: BuildOptions, model: Model, pipeline: Pipeline, data: Data | None) -> str:
     """Hash all that decides what bytes come out."""
     import torch
 

@@ -98,7 +98,7 @@ class Emitter:
         self._functions: dict[tuple[str, str, str], Any] = {}
         self._detours: list[Detour] = []
         self._domains: dict[str, int] = {"": opset}
-        self._names = {output_name(index) for index in range(len(program.outputs))}
+        self._names = {output_name(program, index) for index in range(len(program.outputs))}
         self._named: dict[fx.Node, Any] = {}
         self._current: fx.Node | None = None
         for index, node in enumerate(program.inputs):
@@ -340,7 +340,7 @@ class Emitter:
 
     def _output(self, index: int, node: fx.Node) -> Any:
         """Return the value of an output under its published name; one that has another name already gets a copy."""
-        value, wanted = self.value(node), output_name(index)
+        value, wanted = self.value(node), output_name(self.program, index)
         if self._named.pop(node, None) is value:
             value.name = wanted
             return value

@@ -40,7 +40,7 @@ class OnnxRuntime(Runtime):
         self._inputs = tuple(input_name(program, i) for i in range(len(program.inputs)))
         self._kinds = tuple(tensor_type_of(n) for n in program.outputs)
         self._alike = {k: [i for i, other in enumerate(self._kinds) if other == k] for k in dict.fromkeys(self._kinds)}
-        self._names = tuple(output_name(i) for i in range(len(self._kinds)))
+        self._names = tuple(output_name(program, i) for i in range(len(self._kinds)))
         self._places = _places(program)
         self._read = {i.name for i in self._session.get_inputs()}
         self._check_names()

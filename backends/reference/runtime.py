@@ -21,7 +21,7 @@ class ReferenceRuntime(Runtime):
     """Runs a program in eager torch; the program itself stays as it is.
 
     mode: `multiply`, `shift` or `codes`, as for `backends.reference.execute.executable`. Raises UsageError for
-    another mode, UnsupportedError for a program that is no language model.
+    another mode, UnsupportedError for a language model with inputs that none has.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ir.program import Program
 from ir.weights import LinearWeight
 from passes.base import Context
-from passes.stream import Step, calibration, counted_in
+from passes.stream import Step, counted_in, token_batches
 from passes.training.loop import Problem
 from passes.training.loss import next_token_loss, plain_loss, teacher_loss, token_loss
 from passes.training.whole import teacher_of, whole_function
@@ -62,7 +62,7 @@ def whole_problem(
     last: the last block of a walk on the float model. Of that model only what this block gives is kept, and its head.
     rates: by name in the state; recompute: as `whole_function` has it.
     """
-    rows = calibration(ctx)
+    rows = token_batches(ctx, program, "training end to end")
     model, teacher = whole_function(program, [part.free for part in parts], recompute), teacher_of(last)
 
     def found(state: Mapping[str, Tensor], batch: int) -> Tensor:
