@@ -18,6 +18,8 @@ decomposed = Rules("decomposed")
 
 # Square roots of two and of its inverse are written with as many digits as float32 has.
 _CLOSE = 1e-4
+# What products of numbers that were rounded to float32 are off by.
+_SINGLE = 1e-6
 
 
 @decomposed(aten.matmul, params="w")
@@ -135,7 +137,16 @@ def attention_with_split_scale(
     """softmax(s q (t k)^T + mask) v is attention with the scale s t (1706.03762, eq. 1)."""
     if dim not in (-1, len(b.type(b.root).dims) - 1):
         return No("the softmax is not over keys")
-    return b.call(aten.scaled_dot_product_attention, q, k, v, _allowed(mask), 0.0, False, scale=s * t, like=b.root)
+    return b.call(
+        aten.scaled_dot_product_attention, q, k, v, _allowed(mask), 0.0, False, scale=_scale(b, q, s * t), like=b.root
+    )
+
+
+def _scale(b: Builder, q: fx.Node, given: float) -> float:
+    """Return a scale, or 1/sqrt(width) where it is that up to what float32 loses of two roots of it."""
+    width = b.type(q).dims[-1]
+    usual = 1 / math.sqrt(width) if isinstance(width, int) else given
+    return usual if math.isclose(given, usual, rel_tol=_SINGLE) else given
 
 
 def _allowed(mask: fx.Node) -> fx.Node:

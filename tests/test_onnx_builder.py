@@ -84,7 +84,7 @@ def test_blocks_and_groups_are_found(opened: tuple[Path, Model]) -> None:
     assert [n.name for n in program.inputs[:3]] == ["input_ids", "attention_mask", "past_key_0"]
     found = blocks(program)
     assert len(found) == 2 and len(found[0].nodes) == len(found[1].nodes)
-    assert [len(linear_sites(program, block.nodes)[0]) for block in found] == [5, 5]
+    assert [len(linear_sites(program, block.nodes)[0]) for block in found] == [7, 7]
     kinds = Counter(g.kind for g in discover(program).groups)
     assert {k: kinds[k] for k in ("norm->linears", "q<->k", "v->o", "up->down")} == {
         "norm->linears": 4,
@@ -99,6 +99,8 @@ def test_sites_and_weights_have_the_names_of_the_model(opened: tuple[Path, Model
     sites, _ = linear_sites(model.program, blocks(model.program)[1].nodes)
     assert sites[-1].name.startswith("model.layers.1.mlp.down_proj.MatMul")
     assert sites[-1].weight.startswith("model.layers.1.mlp.down_proj.MatMul.weight")
+    names = [f"model.layers.1.attn.qkv_proj.MatMul.{part}" for part in "qkv"]
+    assert [site.name.replace("_Q4", "") for site in sites[:3]] == names
 
 
 def test_positions_follow_from_the_cache(opened: tuple[Path, Model], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_all_blocks_and_groups_are_found(whole: tuple[Path, Model]) -> None:
     program = whole[1].program
     found = blocks(program)
     assert len(found) == 30 and len({len(b.nodes) for b in found}) == 1
-    assert sum(len(linear_sites(program, b.nodes)[0]) for b in found) == 30 * 5
+    assert sum(len(linear_sites(program, b.nodes)[0]) for b in found) == 30 * 7
     kinds = Counter(g.kind for g in discover(program).groups)
     assert kinds == {"norm->linears": 60, "q<->k": 30, "v->o": 30, "up->down": 30}
 
@@ -131,13 +131,11 @@ def test_codes_are_those_of_the_original(short: dict[str, Model], name: str, pip
 
 
 def _decoded(program: Program) -> list[list[Tensor]]:
-    """Return by layer the decoded weights of queries, keys and values in one, and of the other linears."""
+    """Return by layer the decoded weights of its linears."""
     found = []
     for block in blocks(program):
         coded = [n for n in block.nodes if "nomul" in str(n.target) and "_linear" in str(n.target)]
-        weights = [codes_of(n, program.params.get).dequantize(torch.float64) for n in coded]
-        apart = weights[: len(weights) - 4]
-        found.append([torch.cat(apart), *weights[len(apart) :]])
+        found.append([codes_of(n, program.params.get).dequantize(torch.float64) for n in coded])
     return found
 
 

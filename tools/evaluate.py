@@ -3,7 +3,8 @@
 perplexity = exp(mean of -ln p(token | tokens before it in its window)), over non-overlapping windows of --ctx tokens.
 The text is one string, tokenised without special tokens; the first token of a window is not scored, and what does not
 fill a window at the end is dropped. With --against: KL(other || model) in nats a token, and how often both predict the
-same token first, over the same predictions.
+same token first, over the same predictions. Encoders are measured by the cosine between their embeddings of sentences
+of the text and those of the model that --against names.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--windows", type=int, metavar="N", help="how many windows, from the start (default: all)")
     p.add_argument("--last", action="store_true", help="take the windows from the end: compile calibrates before it")
     p.add_argument("--batch", type=int, default=1, metavar="B", help="windows run at once (default 1)")
+    p.add_argument("--sentences", type=int, default=200, metavar="N", help="of encoders: how many (default 200)")
     p.add_argument("--against", metavar="MODEL", help="the model to compare with, such as the original")
     p.add_argument("--mode", metavar="MODE", help="run compressed linears by multiply (default), shift or codes")
     p.add_argument("--target", metavar="NAME", help="run on this backend (default: the one it was compiled for)")
@@ -54,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(argv)
+    from ir.analysis import predicts_tokens
     from ir.products import products_in
     from tools.load import load
     from tools.text import load_text
@@ -62,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--batch must be at least 1", why=f"it is {options.batch}")
     text = load_text(options.text)
     students = [load(path, options.target, options.mode, console.note, options.planes) for path in options.model]
+    if not predicts_tokens(students[0].program):
+        return _compare_encoders(options, students, text)
     for student in students:
         student.require_language_model()
     windows = tokenised(students[0], text, options.ctx, options.windows, options.last)
@@ -80,6 +85,25 @@ def main(argv: Sequence[str]) -> int:
         console.print_json(rows[0] if len(rows) == 1 else {"models": rows})
     else:
         print(_text(rows[0]) if len(rows) == 1 else _table(rows))
+    return 0
+
+
+def _compare_encoders(options: argparse.Namespace, students: Sequence[Runtime], text: str) -> int:
+    from ir.products import products_in
+    from tools.load import load
+    from tools.sentences import compare, shown
+
+    if options.against is None:
+        raise UsageError(
+            "an encoder predicts no tokens", why="it is measured by another's embeddings", fix="give --against MODEL"
+        )
+    teacher = load(options.against, progress=console.note)
+    with products_in(options.precision):
+        rows = compare(options.model, students, options.against, teacher, text, options.sentences)
+    if options.json:
+        console.print_json(rows[0] if len(rows) == 1 else {"models": rows})
+    else:
+        print(shown(rows, options.text))
     return 0
 
 

@@ -109,13 +109,13 @@ def _enter(graph: onnx.Graph, codes: Codes) -> onnx.Value:
 
 
 def _product(node: onnx.Node, weight: onnx.Value) -> list[onnx.Node]:
-    turned = onnx.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{node.name}/turned")
+    turned = onnx.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{node.name}_turned")
     turned.outputs[0].name = f"{node.outputs[0].name}/turned"
     product = onnx.node("MatMul", [node.inputs[0], turned.outputs[0]], name=node.name)
     if not _given(node, 5):
         return [turned, product]
     product.outputs[0].name = f"{node.outputs[0].name}/product"
-    return [turned, product, onnx.node("Add", [product.outputs[0], node.inputs[5]], name=f"{node.name}/bias")]
+    return [turned, product, onnx.node("Add", [product.outputs[0], node.inputs[5]], name=f"{node.name}_bias")]
 
 
 def _lookup(node: onnx.Node, weight: onnx.Value) -> list[onnx.Node]:

@@ -13,20 +13,22 @@ import torch
 import frontend.decomposed
 import frontend.transposed
 from frontend.cache import code_version, read_trace, trace_folder, write_trace
-from frontend.canonical import canonicalise
+from frontend.canonical import canonicalise, drop_empty_constants, name_values
 from frontend.exported import Untraced
 from frontend.onnx.decoded import decode_weights
 from frontend.onnx.load import load
 from frontend.onnx.scalars import inline_scalars
 from frontend.onnx.tensors import OnnxSource
 from frontend.onnx.trace import is_weight, trace
+from frontend.onnx.unpacked import RowsSource, unpack
 from frontend.transposed import TransposedSource, turn_shared
-from ir.params import Entry
+from ir.params import Entry, Source
 from ir.program import Program
+from ir.types import TensorType
 
 Progress = Callable[[str], None]
 
-# Attribute of a kept trace: {parameter: [initializer, whether it is turned]}.
+# Attribute of a kept trace: {parameter: [initializer, whether it is turned, its first row and that after its last]}.
 _INITIALIZERS = "initializers"
 # A trace with more constants, such as the codes of a large model, is not kept: it would be a second copy of them.
 _MOST_BYTES = 1 << 26
@@ -40,7 +42,7 @@ def open_program(path: Path, progress: Progress, folder: Path | None = None) -> 
     progress(f"reading {path.name}")
     model = load(path)
     graph = _digest(path, model)
-    stem = (folder or trace_folder()) / hashlib.sha256((graph + _code()).encode()).hexdigest()[:32]
+    stem = (folder or trace_folder()) / hashlib.sha256((graph + _CODE).encode()).hexdigest()[:32]
     kept = read_trace(stem)
     program = None if kept is None else _bound(kept, model)
     if program is None:
@@ -60,6 +62,9 @@ def _traced(model: onnx.Model, name: str, progress: Progress) -> Program:
     inline_scalars(program)
     turn_shared(program, "onnx")
     canonicalise(program)
+    unpack(program)
+    drop_empty_constants(program)
+    name_values(program)
     return program
 
 
@@ -79,6 +84,10 @@ def _code() -> str:
     own = sorted(Path(__file__).parent.rglob("*.py"))
     others = [Path(str(m.__file__)) for m in (frontend.decomposed, frontend.transposed)]
     return f"{code_version((*own, *others))} {torch.__version__} {onnx.__version__}"
+
+
+# Read when the code is: a file that is edited afterwards is not what runs.
+_CODE = _code()
 
 
 def _keep(stem: Path, program: Program, progress: Progress) -> None:
@@ -104,13 +113,15 @@ def _keep(stem: Path, program: Program, progress: Progress) -> None:
         progress(f"the trace could not be kept for the next run: {error}")
 
 
-def _initializer(entry: Entry) -> tuple[str, bool] | None:
-    """Return which initializer a parameter is, and whether it is turned; None for a constant of the trace."""
-    source, key, turned = entry.source, entry.key, False
+def _initializer(entry: Entry) -> tuple[Any, ...] | None:
+    """Return which initializer a parameter is, whether turned, and its rows; None for a constant of the trace."""
+    source, key, turned, rows = entry.source, entry.key, False, (0, 0)
+    if isinstance(source, RowsSource):
+        rows, source = (source.start, source.stop), source.source
     if isinstance(source, TransposedSource):
         key, turned = source.key, True
         source = source.source
-    return (source.initializer(key), turned) if isinstance(source, OnnxSource) else None
+    return (source.initializer(key), turned, *rows) if isinstance(source, OnnxSource) else None
 
 
 def _bound(program: Program, model: onnx.Model) -> Program | None:
@@ -119,11 +130,17 @@ def _bound(program: Program, model: onnx.Model) -> Program | None:
     found: dict[str, list[Any]] = program.attributes.get(_INITIALIZERS, {})
     program.attributes = {k: v for k, v in program.attributes.items() if k != _INITIALIZERS}
     stored = {str(v.name): v.const_value for v in model.graph.initializers.values() if v.const_value is not None}
-    if any(name not in stored for name, _ in found.values()):
+    if any(place[0] not in stored for place in found.values()):
         return None
-    source = OnnxSource(stored)
-    for name, (initializer, turned) in found.items():
+    for name, place in found.items():
         kind = program.params.type_of(name)
-        own = TransposedSource(source, initializer) if turned else source
-        program.params.enter(name, Entry(own, initializer, kind, "canonical" if turned else ""))
+        program.params.enter(name, _entry(OnnxSource(stored), kind, *place))
     return program
+
+
+def _entry(source: Source, kind: TensorType, initializer: str, turned: bool, start: int, stop: int) -> Entry:
+    """Return a parameter that is an initializer of a model, turned or in part; the inverse of `_initializer`."""
+    source = TransposedSource(source, initializer) if turned else source
+    if stop:
+        return Entry(RowsSource(source, initializer, start, stop), initializer, kind, "onnx")
+    return Entry(source, initializer, kind, "canonical" if turned else "")
