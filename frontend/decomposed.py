@@ -103,6 +103,7 @@ def error_function_gelu_by_product(b: Builder, x: fx.Node, half: float, root: fl
 
 @decomposed(
     lambda x, first, second: aten.reshape(aten.permute(aten.reshape(x, first), [0, 2, 1]), second),
+    lambda x, first, second: aten.reshape(aten.transpose(aten.reshape(x, first), 1, 2), second),
 )
 def transposed_heads(b: Builder, x: fx.Node, first: Any, second: Any) -> fx.Node | No:
     """Heads merged with the batch, turned and taken apart again are turned where they are."""

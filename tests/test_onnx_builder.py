@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import load_backend
 from frontend.onnx.trace import trace
 from frontend.open import Model, open_model
 from ir.analysis import blocks, linear_sites
@@ -92,6 +93,12 @@ def test_blocks_and_groups_are_found(opened: tuple[Path, Model]) -> None:
         "v->o": 2,
         "up->down": 2,
     }
+
+
+def test_attention_stays_one_operator_in_onnx_out(opened: tuple[Path, Model], tmp_path: Path) -> None:
+    load_backend("onnxruntime").lower(opened[1].program.clone(), tmp_path)
+    found = Counter(node.op_type for node in onnx_ir.load(tmp_path / "model.onnx").graph)
+    assert (found["Attention"], found["RotaryEmbedding"], found["Softmax"]) == (2, 4, 0)
 
 
 def test_sites_and_weights_have_the_names_of_the_model(opened: tuple[Path, Model]) -> None:

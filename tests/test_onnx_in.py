@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from backends import load_backend
 from frontend.onnx.opened import open_program
 from frontend.open import Model, open_model
 from ir.analysis import blocks
@@ -124,3 +126,12 @@ def test_another_graph_has_another_trace(opened: tuple[str, Path, Model], tmp_pa
     onnx_ir.save(model, changed)
     open_program(changed, said.append, tmp_path)
     assert sum("tracing" in line for line in said) == 2
+
+
+def test_attention_is_one_operator_again_in_onnx_out(opened: tuple[str, Path, Model], tmp_path: Path) -> None:
+    """What comes in taken apart goes out whole, with rotations of queries and keys as operators of their own."""
+    name, _, model = opened
+    load_backend("onnxruntime").lower(model.program.clone(), tmp_path)
+    found = Counter(node.op_type for node in onnx_ir.load(tmp_path / "model.onnx").graph)
+    assert found["Attention"] == 2 and not found["Softmax"]
+    assert found["RotaryEmbedding"] == (4 if name == "llama" else 0)

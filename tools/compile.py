@@ -184,7 +184,8 @@ def summary(report: Report) -> str:
     share = ", ".join(f"{name} {seconds:.0f}s" for name, seconds in report.phases.items() if seconds >= 0.5)
     parts.append(f"time      {sum(report.phases.values()):.0f}s ({share}), peak memory {size_text(report.peak_bytes)}")
     if report.results:
-        parts.append(f"next      python -m tools.evaluate {report.out} --against {report.model}   (of a text encoder)")
+        parts.append(f"next      python -m tools.inspect {report.out} --cost")
+        parts.append(f"          python -m tools.evaluate {report.out} --against {report.model}   (an encoder of text)")
         parts.append(f"          python -c \"import nomul; print(nomul.load('{report.out}').signature)\"")
     else:
         parts.append(f'next      python -m tools.generate {report.out} "The capital of France is"')

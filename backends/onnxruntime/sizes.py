@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from backends.onnxruntime.emitter import Emitter, Entry, Refused, Result
-from ir.program import TYPE
+from ir.program import TYPE, tensor_type_of
 from ir.types import ScalarType
 
 aten = torch.ops.aten
@@ -69,7 +69,16 @@ def _item(e: Emitter, node: fx.Node) -> Result:
     return e.results(source)[index]  # type: ignore[arg-type, index]
 
 
+def _as_tensor(e: Emitter, node: fx.Node) -> Result:
+    """Emit a size as a tensor without dims."""
+    if not isinstance(node.args[0], fx.Node):
+        raise Refused("it is a constant, which has a place among the parameters")
+    found = e.add("Squeeze", e.shape([e.size(node.args[0])]), [0])
+    return e.cast(found, tensor_type_of(node).dtype, torch.int64)
+
+
 TABLE: dict[Any, Entry] = {
+    aten.scalar_tensor.default: _as_tensor,
     aten.sym_size.int: _size,
     operator.add: _arithmetic("Add", operator.add),
     operator.sub: _arithmetic("Sub", operator.sub),

@@ -17,6 +17,7 @@ from frontend.canonical import canonicalise, drop_empty_constants, name_values
 from frontend.exported import Untraced
 from frontend.onnx.decoded import decode_weights
 from frontend.onnx.load import load
+from frontend.onnx.plain_shapes import plain_shapes
 from frontend.onnx.scalars import inline_scalars
 from frontend.onnx.tensors import OnnxSource
 from frontend.onnx.trace import is_weight, trace
@@ -60,6 +61,7 @@ def _traced(model: onnx.Model, name: str, progress: Progress) -> Program:
     progress(f"tracing {name}, once for this file")
     program = trace(model, name)
     inline_scalars(program)
+    plain_shapes(program)
     turn_shared(program, "onnx")
     canonicalise(program)
     unpack(program)

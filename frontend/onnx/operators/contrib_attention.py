@@ -60,7 +60,9 @@ def _turned(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, pairs: bool)
     """Return x [batch, heads, tokens, width] turned by the angles of positions [batch, tokens] or [tokens]."""
     tables = [F.embedding(positions, table) for table in (cos, sin)]
     wide = [t.repeat_interleave(2, -1) if pairs else torch.cat([t, t], -1) for t in tables]
-    found: Tensor = torch.ops.nomul.rope(x, *(t.unsqueeze(1) if t.ndim == 3 else t for t in wide), pairs)
+    # Four dims, as programs traced from torch models have them: what fuses rotations looks for these.
+    angles = [t.unsqueeze(1) if t.ndim == 3 else t.unsqueeze(0).unsqueeze(0) for t in wide]
+    found: Tensor = torch.ops.nomul.rope(x, *angles, pairs)
     return found
 
 
