@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from frontend.transposed import transposed
+from frontend.transposed import transposed, without_points
 from ir.builder import Builder
 from ir.program import is_call
 from ir.rewrite import No, Rules
+from ir.types import TensorType
 
 aten = torch.ops.aten
 decomposed = Rules("decomposed")
@@ -32,19 +33,6 @@ def product_with_weight(b: Builder, x: fx.Node, w: fx.Node) -> fx.Node | No:
 
 
 @decomposed(
-    lambda x, w: aten.matmul(x, aten.permute(w, [1, 0])),
-    lambda x, w: aten.matmul(x, aten.transpose(w, 0, 1)),
-    lambda x, w: aten.matmul(x, aten.t(w)),
-    params="w",
-)
-def product_with_turned_weight(b: Builder, x: fx.Node, w: fx.Node) -> fx.Node | No:
-    """x W^T with W stored outputs-first is a linear."""
-    if len(b.type(x).dims) < 2:
-        return No("it is no product of rows with a matrix")
-    return b.call(aten.linear, x, w, like=b.root)
-
-
-@decomposed(
     lambda x, w, bias: aten.linear(x, aten.t(w), bias),
     lambda x, w, bias: aten.linear(x, aten.transpose(w, 0, 1), bias),
     params="w",
@@ -53,6 +41,28 @@ def linear_of_turned_weight(b: Builder, x: fx.Node, w: fx.Node, bias: fx.Node | 
     """A linear whose weight is stored inputs-first, and turned when it runs."""
     turned = transposed(b, w)
     return turned if isinstance(turned, No) else b.call(aten.linear, x, turned, bias, like=b.root)
+
+
+@decomposed(
+    lambda x, w, bias: aten.conv1d(x, w, bias),  # noqa: PLW0108 - with no other strides, padding and groups
+    lambda x, w, bias: aten.conv2d(x, w, bias),  # noqa: PLW0108 - with no other strides, padding and groups
+    lambda x, w, bias: aten.conv3d(x, w, bias),  # noqa: PLW0108 - with no other strides, padding and groups
+    params="w",
+)
+def convolution_of_points(b: Builder, x: fx.Node, w: fx.Node, bias: fx.Node | None) -> fx.Node | No:
+    """A convolution whose windows are single points is a linear over the channels."""
+    sizes, source, result = b.type(w).dims, b.type(x).dims, b.type(b.root)
+    if any(size != 1 for size in sizes[2:]):
+        return No("its windows are wider than a point", w)
+    if len(source) != len(sizes) or source[1] != sizes[1]:
+        return No("it has no batch, or channels in groups", x)
+    flat, rank = without_points(b, w), len(sizes)
+    if isinstance(flat, No):
+        return flat
+    last, first = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
+    rows = b.call(aten.permute, x, last, type=TensorType(b.type(x).dtype, tuple(source[i] for i in last)))
+    wide = TensorType(result.dtype, tuple(result.dims[i] for i in last))
+    return b.call(aten.permute, b.call(aten.linear, rows, flat, bias, type=wide, like=b.root), first, like=b.root)
 
 
 @decomposed(lambda x, dims: aten.mean(x, dims, True), consts="dims")

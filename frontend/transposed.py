@@ -37,6 +37,38 @@ class TransposedSource:
         return self.source.load(name).T.contiguous()
 
 
+class PointsSource:
+    """A convolution's weight [out, in, 1, ...] of another source seen as a matrix [out, in]."""
+
+    def __init__(self, source: Source, key: str) -> None:
+        self.source, self.key = source, key
+
+    def names(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def type_of(self, name: str) -> TensorType:
+        kind = self.source.type_of(name)
+        return TensorType(kind.dtype, kind.dims[:2])
+
+    def stored_bytes(self, name: str) -> int:
+        return self.source.stored_bytes(name)
+
+    def load(self, name: str) -> torch.Tensor:
+        return self.source.load(name).flatten(1)
+
+
+def without_points(b: Builder, weight: fx.Node) -> fx.Node | No:
+    """Return the parameter node of a convolution's weight as a matrix, where its windows are single points."""
+    if b.shared(weight):
+        return No("weight has other readers", weight)
+    name = str(weight.target)
+    entry = b.program.params.entry(name)
+    source = PointsSource(entry.source, entry.key)
+    flat = f"{name}_flat"
+    b.program.params.enter(flat, Entry(source, entry.key, source.type_of(entry.key), "canonical"))
+    return b.param(flat)
+
+
 def transposed(b: Builder, weight: fx.Node) -> fx.Node | No:
     """Return the parameter node of a weight stored inputs-first, turned in place in the store."""
     if b.shared(weight):

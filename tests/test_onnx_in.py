@@ -78,6 +78,7 @@ def test_programs_are_sound_and_their_blocks_found(opened: tuple[str, Path, Mode
     name, _, model = opened
     verify(model.program, full=True)
     assert model.kind == "onnx" and "canonical" in model.program.facts
+    assert str(model.program.attributes["producer"]).startswith("pytorch")
     assert [n.name for n in model.program.inputs[:3]] == ["input_ids", "attention_mask", "past_key_0"]
     assert [str(d) for d in tensor_type_of(model.program.inputs[0]).dims] == ["batch", "seq"]
     assert {g.kind for g in discover(model.program).groups} >= {"norm->linears", "v->o", "q<->k"} - _ABSENT[name]

@@ -22,7 +22,7 @@ from frontend.onnx.scalars import inline_scalars
 from frontend.onnx.tensors import OnnxSource
 from frontend.onnx.trace import is_weight, trace
 from frontend.onnx.unpacked import RowsSource, unpack
-from frontend.transposed import TransposedSource, turn_shared
+from frontend.transposed import PointsSource, TransposedSource, turn_shared
 from ir.params import Entry, Source
 from ir.program import Program
 from ir.types import TensorType
@@ -123,6 +123,9 @@ def _initializer(entry: Entry) -> tuple[Any, ...] | None:
     if isinstance(source, TransposedSource):
         key, turned = source.key, True
         source = source.source
+    if isinstance(source, PointsSource):
+        key = source.key
+        source = source.source
     return (source.initializer(key), turned, *rows) if isinstance(source, OnnxSource) else None
 
 
@@ -142,6 +145,8 @@ def _bound(program: Program, model: onnx.Model) -> Program | None:
 
 def _entry(source: Source, kind: TensorType, initializer: str, turned: bool, start: int, stop: int) -> Entry:
     """Return a parameter that is an initializer of a model, turned or in part; the inverse of `_initializer`."""
+    if len(source.type_of(initializer).dims) > len(kind.dims):
+        source = PointsSource(source, initializer)
     source = TransposedSource(source, initializer) if turned else source
     if stop:
         return Entry(RowsSource(source, initializer, start, stop), initializer, kind, "onnx")

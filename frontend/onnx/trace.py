@@ -73,10 +73,18 @@ def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) 
         lead_with_tokens(program)
         lengths = _lengths(exported, outputs)
         program.attributes = {"outputs": outputs, **({"sequences": lengths} if lengths else {})}
+    program.attributes = {**program.attributes, **_origin(model)}
     look_up_as_given(program)
     if next(program.calls(torch.ops.nomul.quant_linear.default), None) is not None:
         program.level = "compressed"
     return program
+
+
+def _origin(model: onnx.Model) -> dict[str, Any]:
+    """Return who wrote a model, and what its writer noted on it."""
+    producer = " ".join(text for text in (model.producer_name, model.producer_version) if text)
+    noted = {str(key): str(value) for key, value in sorted(model.metadata_props.items())}
+    return {**({"producer": producer} if producer else {}), **({"metadata": noted} if noted else {})}
 
 
 def _module(model: onnx.Model, known: Mapping[str, Any]) -> tuple[GraphModule, dict[str, Any]]:

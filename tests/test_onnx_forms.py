@@ -1,0 +1,106 @@
+"""Linears in all the forms that exporters write, and near misses that must stay what they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from frontend.onnx.opened import open_program
+from ir.analysis import linear_sites
+from ir.program import Program
+
+_RANDOM = np.random.default_rng(3)
+INPUTS, OUTPUTS = 16, 24
+
+
+@dataclass(frozen=True)
+class Form:
+    """Nodes from x to y as (operator, inputs, output, attributes), shapes of what is stored, and dims of x and y."""
+
+    nodes: tuple[tuple[str, str, str, dict[str, Any]], ...]
+    stored: dict[str, tuple[int, ...]]
+    given: tuple[Any, ...] = ("batch", "seq", INPUTS)
+    result: tuple[Any, ...] = ("batch", "seq", OUTPUTS)
+    bias: bool = field(default=True)
+
+    def write(self, path: Path) -> Path:
+        """Write the model with random weights."""
+        nodes = [helper.make_node(op, ins.split(), [out], **more) for op, ins, out, more in self.nodes]
+        tensors = {n: _RANDOM.standard_normal(s).astype(np.float32) for n, s in self.stored.items()}
+        graph = helper.make_graph(
+            nodes,
+            "form",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, self.given)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, self.result)],
+            [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()],
+        )
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+        return path
+
+
+MATRIX, TURNED, ROW = (INPUTS, OUTPUTS), (OUTPUTS, INPUTS), (OUTPUTS,)
+FLAT = {"given": ("batch", INPUTS), "result": ("batch", OUTPUTS)}
+IMAGE = {"given": ("batch", INPUTS, "height", "width"), "result": ("batch", OUTPUTS, "height", "width")}
+LINEAR = {
+    "matmul": Form((("MatMul", "x w", "y", {}),), {"w": MATRIX}, bias=False),
+    "matmul_add": Form((("MatMul", "x w", "z", {}), ("Add", "z c", "y", {})), {"w": MATRIX, "c": ROW}),
+    "add_matmul": Form((("MatMul", "x w", "z", {}), ("Add", "c z", "y", {})), {"w": MATRIX, "c": ROW}),
+    "transposed": Form(
+        (("Transpose", "w", "t", {"perm": [1, 0]}), ("MatMul", "x t", "y", {})), {"w": TURNED}, bias=False
+    ),
+    "gemm": Form((("Gemm", "x w c", "y", {}),), {"w": MATRIX, "c": ROW}, **FLAT),
+    "gemm_turned": Form((("Gemm", "x w c", "y", {"transB": 1}),), {"w": TURNED, "c": ROW}, **FLAT),
+    "gemm_without_bias": Form((("Gemm", "x w", "y", {"transB": 1}),), {"w": TURNED}, bias=False, **FLAT),
+    "gemm_row": Form((("Gemm", "x w c", "y", {}),), {"w": MATRIX, "c": (1, OUTPUTS)}, **FLAT),
+    "conv": Form((("Conv", "x w c", "y", {}),), {"w": (*TURNED, 1, 1), "c": ROW}, **IMAGE),
+    "conv_line": Form(
+        (("Conv", "x w", "y", {}),),
+        {"w": (*TURNED, 1)},
+        given=("batch", INPUTS, "seq"),
+        result=("batch", OUTPUTS, "seq"),
+        bias=False,
+    ),
+}
+HALVED = {"given": IMAGE["given"], "result": ("batch", OUTPUTS, "h", "w")}
+OTHERS = {
+    "conv_strides": Form((("Conv", "x w", "y", {"strides": [2, 2]}),), {"w": (*TURNED, 1, 1)}, **HALVED),
+    "conv_padding": Form((("Conv", "x w", "y", {"pads": [1, 1, 1, 1]}),), {"w": (*TURNED, 1, 1)}, **HALVED),
+    "conv_groups": Form((("Conv", "x w", "y", {"group": 2}),), {"w": (OUTPUTS, INPUTS // 2, 1, 1)}, **IMAGE),
+    "conv_windows": Form((("Conv", "x w", "y", {}),), {"w": (*TURNED, 1, 2)}, **HALVED),
+    "product_from_the_left": Form(
+        (("MatMul", "w x", "y", {}),), {"w": (5, 7)}, given=("batch", 7, INPUTS), result=("batch", 5, INPUTS)
+    ),
+}
+
+
+def same(form: Form, path: Path) -> Program:
+    program, _ = open_program(form.write(path), lambda _: None, path.parent / "traces")
+    sizes = [d if isinstance(d, int) else 3 + i for i, d in enumerate(form.given)]
+    x = torch.from_numpy(_RANDOM.standard_normal(sizes).astype(np.float32))
+    expected = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+    torch.testing.assert_close(program.module()(x)[0], torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    return program
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linears_are_found(name: str, tmp_path: Path) -> None:
+    form = LINEAR[name]
+    program = same(form, tmp_path / "model.onnx")
+    sites, left = linear_sites(program, program.graph.nodes)
+    assert [(s.rows, s.inputs, s.bias is not None) for s in sites] == [(OUTPUTS, INPUTS, form.bias)] and not left
+    again, _ = open_program(tmp_path / "model.onnx", lambda _: None, tmp_path / "traces")
+    assert torch.equal(again.params.get(sites[0].weight), program.params.get(sites[0].weight))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_near_misses_stay(name: str, tmp_path: Path) -> None:
+    program = same(OTHERS[name], tmp_path / "model.onnx")
+    assert linear_sites(program, program.graph.nodes) == ([], [])
