@@ -104,3 +104,52 @@ def test_linears_are_found(name: str, tmp_path: Path) -> None:
 def test_near_misses_stay(name: str, tmp_path: Path) -> None:
     program = same(OTHERS[name], tmp_path / "model.onnx")
     assert linear_sites(program, program.graph.nodes) == ([], [])
+
+
+def _signed(*shape: int) -> np.ndarray:
+    return _RANDOM.integers(-128, 128, shape).astype(np.int8)
+
+
+def _unsigned(*shape: int) -> np.ndarray:
+    return _RANDOM.integers(0, 256, shape).astype(np.uint8)
+
+
+def _scales(*shape: int) -> np.ndarray:
+    return (_RANDOM.random(shape) * 0.02 + 0.001).astype(np.float32)
+
+
+# Stored codes, scales and zero points with the attributes of DequantizeLinear, outputs along the last axis.
+CODED = {
+    "one_scale": ((_signed(*MATRIX), _scales()), {}),
+    "scale_per_output": ((_signed(*MATRIX), _scales(OUTPUTS), _signed(OUTPUTS)), {"axis": 1}),
+    "scale_per_input": ((_unsigned(*MATRIX), _scales(INPUTS), _unsigned(INPUTS)), {"axis": -2}),
+    "blocks": ((_signed(*MATRIX), _scales(4, OUTPUTS)), {"axis": 0, "block_size": 4}),
+    "ragged_blocks": ((_unsigned(*MATRIX), _scales(4, OUTPUTS), _unsigned(4, OUTPUTS)), {"axis": 0, "block_size": 5}),
+}
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_stored_codes_become_weights(name: str, tmp_path: Path) -> None:
+    """Exactly those that the operator decodes, read when they are asked for, whatever a runtime rounds on the way."""
+    stored, attributes = CODED[name]
+    names = ["q", "scale", "zero"][: len(stored)]
+    decode = helper.make_node("DequantizeLinear", names, ["w"], **attributes)
+    tensors = [numpy_helper.from_array(tensor, n) for n, tensor in zip(names, stored, strict=True)]
+    x, y = (_declared(n, ("batch", "seq", width)) for n, width in (("x", INPUTS), ("y", OUTPUTS)))
+    product = helper.make_node("MatMul", ["x", "w"], ["y"])
+    path = _saved(tmp_path / "model.onnx", helper.make_graph([decode, product], "coded", [x], [y], tensors))
+    alone = _saved(tmp_path / "alone.onnx", helper.make_graph([decode], "w", [], [_declared("w", MATRIX)], tensors))
+    weight = onnxruntime.InferenceSession(alone, providers=["CPUExecutionProvider"]).run(None, {})[0]
+    program, _ = open_program(path, lambda _: None, tmp_path / "traces")
+    sites, left = linear_sites(program, program.graph.nodes)
+    assert len(sites) == 1 and not left
+    assert torch.equal(program.params.get(sites[0].weight), torch.from_numpy(weight.T.copy()))
+
+
+def _declared(name: str, dims: tuple[Any, ...]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+
+
+def _saved(path: Path, graph: onnx.GraphProto) -> Path:
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path

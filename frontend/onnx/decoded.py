@@ -18,6 +18,8 @@ from frontend.onnx.tensors import tensor_of
 from ir.ops.packing import unpack_bits
 
 _BITS = (2, 4, 8)
+_KINDS = onnx.DataType
+_WHOLE = (_KINDS.INT8, _KINDS.UINT8, _KINDS.INT4, _KINDS.UINT4, _KINDS.INT16, _KINDS.UINT16)
 _CODED = re.compile(r"(_Q\d+|_quantized|_quant)$")
 
 
@@ -51,16 +53,56 @@ class Codes:
         return zeros.reshape(self.rows, groups, 1).to(dtype)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """A weight that DequantizeLinear decodes: initializers of whole numbers, scales and perhaps zero points.
+
+    axis: that of the scales, where there are several; block: how many entries along it share one, 0 for one each.
+    """
+
+    codes: onnx.Value
+    scales: onnx.Value
+    zeros: onnx.Value | None
+    axis: int
+    block: int
+
+    def decode(self) -> Tensor:
+        """Return the weight in the type of its scales."""
+        codes, scales = _stored(self.codes), _stored(self.scales)
+        steps = codes.to(scales.dtype)
+        if self.zeros is not None:
+            # Computed as whole numbers: a difference of two bytes is no byte.
+            steps = (codes.to(torch.int32) - self._spread(_stored(self.zeros).to(torch.int32), codes)).to(scales.dtype)
+        return steps * self._spread(scales, codes)
+
+    def _spread(self, given: Tensor, codes: Tensor) -> Tensor:
+        if given.numel() == 1:
+            return given.reshape(())
+        if self.block:
+            return given.repeat_interleave(self.block, self.axis).narrow(self.axis, 0, codes.shape[self.axis])
+        shape = [1] * codes.ndim
+        shape[self.axis] = -1
+        return given.reshape(shape)
+
+
 def decode_weights(graph: onnx.Graph) -> None:
-    """Replace products with such codes by products with a matrix, and look-ups in codes by look-ups, in place."""
+    """Replace products with such codes by products with a matrix, and look-ups in codes by look-ups, in place.
+
+    What DequantizeLinear makes of stored codes becomes a stored weight.
+    """
     made = dict[tuple[str, str], onnx.Value]()
     for node in list(graph):
+        steps = _steps_of(node)
+        if steps is not None:
+            weight = _enter(graph, steps, list(steps.codes.const_value.shape))
+            onnx.convenience.replace_all_uses_with(node.outputs, [weight], replace_graph_outputs=False)
+            continue
         found = _codes_of(node)
         if found is None:
             continue
         key = str(found.codes.name), str(found.scales.name)
         if key not in made:
-            made[key] = _enter(graph, found)
+            made[key] = _enter(graph, found, [found.rows, found.inputs])
         new = _lookup(node, made[key]) if node.op_type == "GatherBlockQuantized" else _product(node, made[key])
         for old, value in zip(node.outputs, new[-1].outputs, strict=True):
             value.name, value.shape, value.type = old.name, old.shape, old.type
@@ -93,11 +135,34 @@ def _codes_of(node: onnx.Node) -> Codes | None:
     return Codes(codes, scales, zeros, bits, block, rows, inputs) if whole else None
 
 
-def _enter(graph: onnx.Graph, codes: Codes) -> onnx.Value:
+def _steps_of(node: onnx.Node) -> Steps | None:
+    """Return the stored weight that a node decodes, None for another node, or codes that data or bytes are not."""
+    if node.op_type != "DequantizeLinear" or node.domain not in ("", "com.microsoft"):
+        return None
+    if any(value.is_graph_output() for value in node.outputs):
+        return None
+    codes, scales, zeros = (_initializer(node, place) for place in range(3))
+    if codes is None or scales is None or (zeros is None and _given(node, 2)) or "output_dtype" in node.attributes:
+        return None
+    stored, factor = codes.const_value, scales.const_value
+    assert stored is not None and factor is not None
+    rank, axis, block = len(stored.shape), node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    alike = factor.size == 1 or (len(factor.shape) == rank if block else len(factor.shape) == 1)
+    whole = stored.dtype in _WHOLE and factor.dtype == onnx.DataType.FLOAT
+    fits = -rank <= axis < rank and all(isinstance(d, int) for d in stored.shape)
+    return Steps(codes, scales, zeros, axis % rank, block) if rank >= 2 and whole and alike and fits else None
+
+
+def _initializer(node: onnx.Node, place: int) -> onnx.Value | None:
+    value = node.inputs[place] if place < len(node.inputs) else None
+    return value if value is not None and value.const_value is not None and value.producer() is None else None
+
+
+def _enter(graph: onnx.Graph, codes: Codes | Steps, sizes: list[int]) -> onnx.Value:
     """Return a new initializer of a graph that is decoded when it is read."""
     name = _CODED.sub("", str(codes.codes.name))
     name = name if name not in graph.initializers else f"{codes.codes.name}_decoded"
-    dtype, shape = codes.scales.dtype or onnx.DataType.FLOAT, onnx.Shape([codes.rows, codes.inputs])
+    dtype, shape = codes.scales.dtype or onnx.DataType.FLOAT, onnx.Shape(sizes)
 
     def load() -> onnx.TensorProtocol:
         return onnx.tensor(codes.decode().numpy(), name=name)

@@ -48,8 +48,8 @@ def trace(model: onnx.Model, name: str, known: Mapping[str, Any] | None = None) 
     """Return a model's graph as a raw Program; weights are bound to the model's own tensors.
 
     known: inputs whose values are fixed, by name, which the program then does not have: tensors, lists of these for
-    sequences, or None for an absent option. Raises Refused by the name of
-    the node that cannot be taken, Unknown for one that needs a value from data.
+    sequences, or None for an absent option. Caches and codes of the model are settled in place. Raises Refused by the
+    name of the node that cannot be taken, Unknown for one that needs a value from data.
     """
     graph = model.graph
     settle_caches(graph)
