@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from frontend.onnx.opened import open_program
 from ir.analysis import linear_sites
+from ir.errors import UnsupportedError
 from ir.program import Program
 
 _RANDOM = np.random.default_rng(3)
@@ -144,6 +145,37 @@ def test_stored_codes_become_weights(name: str, tmp_path: Path) -> None:
     sites, left = linear_sites(program, program.graph.nodes)
     assert len(sites) == 1 and not left
     assert torch.equal(program.params.get(sites[0].weight), torch.from_numpy(weight.T.copy()))
+
+
+def test_codes_that_two_scales_share_are_two_weights(tmp_path: Path) -> None:
+    codes, scales = _signed(INPUTS, INPUTS), (_scales(INPUTS), _scales(INPUTS))
+    names = [("first", "x", "z"), ("second", "z", "y")]
+    nodes = [
+        node
+        for scale, given, result in names
+        for node in (
+            helper.make_node("DequantizeLinear", ["q", scale], [f"{scale}_w"]),
+            helper.make_node("MatMul", [given, f"{scale}_w"], [result]),
+        )
+    ]
+    stored = {"q": codes, "first": scales[0], "second": scales[1]}
+    tensors = [numpy_helper.from_array(tensor, n) for n, tensor in stored.items()]
+    ends = (_declared("x", ("batch", INPUTS)), _declared("y", ("batch", INPUTS)))
+    path = _saved(tmp_path / "model.onnx", helper.make_graph(nodes, "shared", ends[:1], ends[1:], tensors))
+    program, _ = open_program(path, lambda _: None, tmp_path / "traces")
+    x = torch.randn(3, INPUTS)
+    wanted = x @ torch.from_numpy(codes * scales[0]) @ torch.from_numpy(codes * scales[1])
+    torch.testing.assert_close(program.module()(x)[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    decode = helper.make_node("DequantizeLinear", ["q", "scale"], ["w"], axis=1)
+    tensors = [numpy_helper.from_array(_signed(*MATRIX), "q"), numpy_helper.from_array(_scales(5), "scale")]
+    product = helper.make_node("MatMul", ["x", "w"], ["y"])
+    ends = (_declared("x", ("batch", INPUTS)), _declared("y", ("batch", OUTPUTS)))
+    graph = helper.make_graph([decode, product], "unfit", ends[:1], ends[1:], tensors)
+    with pytest.raises(UnsupportedError, match="DequantizeLinear"):
+        open_program(_saved(tmp_path / "model.onnx", graph), lambda _: None, tmp_path / "traces")
 
 
 def _declared(name: str, dims: tuple[Any, ...]) -> onnx.ValueInfoProto:

@@ -130,9 +130,24 @@ def _codes_of(node: onnx.Node) -> Codes | None:
     packed = codes is not None and codes.dtype == onnx.DataType.UINT8 and bits in _BITS
     if not packed or not plain or kept or codes is None or scales is None or block < 16 or not rows * inputs:
         return None
-    expected = rows * -(-inputs // block) * (block * bits // 8)
-    whole = codes.const_value is not None and codes.const_value.size == expected
-    return Codes(codes, scales, zeros, bits, block, rows, inputs) if whole else None
+    found = Codes(codes, scales, zeros, bits, block, rows, inputs)
+    return found if _fits(found) and not (zeros is None and _given(node, 3)) else None
+
+
+def _fits(found: Codes) -> bool:
+    """Return whether there are as many codes, scales and zero points as a matrix takes."""
+    groups = -(-found.inputs // found.block)
+    points = [found.rows * groups, found.rows * -(-groups * found.bits // 8)]
+    packed = found.zeros is not None and found.zeros.dtype == onnx.DataType.UINT8
+    return (
+        _count(found.codes) == found.rows * groups * (found.block * found.bits // 8)
+        and _count(found.scales) == found.rows * groups
+        and (found.zeros is None or _count(found.zeros) == points[packed])
+    )
+
+
+def _count(value: onnx.Value) -> int:
+    return 0 if value.const_value is None else int(value.const_value.size)
 
 
 def _steps_of(node: onnx.Node) -> Steps | None:
@@ -146,11 +161,21 @@ def _steps_of(node: onnx.Node) -> Steps | None:
         return None
     stored, factor = codes.const_value, scales.const_value
     assert stored is not None and factor is not None
-    rank, axis, block = len(stored.shape), node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-    alike = factor.size == 1 or (len(factor.shape) == rank if block else len(factor.shape) == 1)
+    sizes, axis, block = (
+        list(stored.shape),
+        node.attributes.get_int("axis", 1),
+        node.attributes.get_int("block_size", 0),
+    )
+    if len(sizes) < 2 or not -len(sizes) <= axis < len(sizes) or block < 0:
+        return None
+    shared = list(sizes) if block else [sizes[axis]]
+    if block:
+        shared[axis] = -(-sizes[axis] // block)
+    alike = factor.size == 1 if not factor.shape or list(factor.shape) == [1] else list(factor.shape) == shared
+    points = None if zeros is None else zeros.const_value
+    same = points is None or list(points.shape) == list(factor.shape) or points.size == factor.size == 1
     whole = stored.dtype in _WHOLE and factor.dtype == onnx.DataType.FLOAT
-    fits = -rank <= axis < rank and all(isinstance(d, int) for d in stored.shape)
-    return Steps(codes, scales, zeros, axis % rank, block) if rank >= 2 and whole and alike and fits else None
+    return Steps(codes, scales, zeros, axis % len(sizes), block) if whole and alike and same else None
 
 
 def _initializer(node: onnx.Node, place: int) -> onnx.Value | None:
@@ -161,7 +186,10 @@ def _initializer(node: onnx.Node, place: int) -> onnx.Value | None:
 def _enter(graph: onnx.Graph, codes: Codes | Steps, sizes: list[int]) -> onnx.Value:
     """Return a new initializer of a graph that is decoded when it is read."""
     name = _CODED.sub("", str(codes.codes.name))
-    name = name if name not in graph.initializers else f"{codes.codes.name}_decoded"
+    serial = 1
+    while name in graph.initializers:
+        name = f"{codes.codes.name}_decoded" + (f"_{serial}" if serial > 1 else "")
+        serial += 1
     dtype, shape = codes.scales.dtype or onnx.DataType.FLOAT, onnx.Shape(sizes)
 
     def load() -> onnx.TensorProtocol:
